@@ -1,0 +1,182 @@
+"""Which array library an array belongs to, and the few things the two libraries do differently.
+
+NumPy and CuPy share one interface, so the engine is written once: `xp = array_module(x)` and then `xp.exp(x)`. This file
+holds the rest: devices, the floating-point types, matrix products (every one in the engine goes through `matmul`), copies
+to and from the host, and memory counters. It knows nothing of gradients.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .errors import MiniloraError
+
+Array = Any  # numpy.ndarray or cupy.ndarray: neither library is typed well enough for more
+
+FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+def _cupy() -> ModuleType | None:
+    """CuPy if somebody has imported it: an array can only be CuPy's when it is."""
+    return sys.modules.get("cupy")
+
+
+def array_module(*arrays: Array) -> ModuleType:
+    """numpy or cupy: the library that the first array among the arguments belongs to (numpy for none)."""
+    cupy = _cupy()
+    if cupy is not None and any(isinstance(array, cupy.ndarray) for array in arrays):
+        return cupy
+    return np
+
+
+# --- dtypes ---------------------------------------------------------------------------------------------------------
+
+
+def dtype_of(name: str) -> np.dtype:
+    """The dtype called "float64", "float32", "float16" or "bfloat16" (the last from ml_dtypes: NumPy has none)."""
+    if name == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise MiniloraError("bfloat16 needs the package ml_dtypes, which is not installed: pip install ml_dtypes") from None
+        return np.dtype(ml_dtypes.bfloat16)
+    if name not in FLOAT_DTYPES:
+        raise MiniloraError(f"dtype is {name!r}, expected one of {', '.join(FLOAT_DTYPES)}")
+    return np.dtype(name)
+
+
+def compute_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype that a sum over values of `dtype` is taken in: float64 stays float64, everything else float32."""
+    return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
+
+
+def cast(array: Array, dtype: np.dtype) -> Array:
+    """`array` in another float dtype; the same object when nothing changes. Rounds to nearest even."""
+    if array.dtype == dtype:
+        return array
+    if array.dtype.name == "bfloat16" and dtype == np.float32 and array_module(array) is np:
+        # A bfloat16 is the upper half of a float32: widening is a shift, several times faster than a conversion.
+        wide = np.asarray(array).view(np.uint16).astype(np.uint32)
+        np.left_shift(wide, 16, out=wide)
+        return wide.view(np.float32)
+    return array.astype(dtype)
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+def parse_device(device: str) -> tuple[str, int]:
+    """("cpu", 0) or ("cuda", index) from "cpu", "cuda" or "cuda:1"; MiniloraError when it is not there to be used."""
+    kind, _, index = device.partition(":")
+    if kind == "cpu" and not index:
+        return "cpu", 0
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise MiniloraError(f"device is {device!r}, expected cpu, cuda or cuda:N")
+    number = int(index or 0)
+    try:
+        import cupy
+    except ImportError:
+        raise MiniloraError(
+            f"device {device!r} needs CuPy, which is not installed: pip install 'minilora[cuda12]' or 'minilora[cuda13]'"
+        ) from None
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise MiniloraError(f"device {device!r}: CuPy finds no usable GPU ({error}); use --device cpu") from None
+    if number >= count:
+        raise MiniloraError(f"device {device!r}: there are {count} GPUs, numbered from 0; use cuda:{max(count - 1, 0)}")
+    return "cuda", number
+
+
+def device_of(array: Array) -> str:
+    """ "cpu", or "cuda:N" for an array of CuPy's."""
+    return "cpu" if array_module(array) is np else f"cuda:{array.device.id}"
+
+
+def is_cuda(array: Array) -> bool:
+    """Whether the array lives on a GPU."""
+    return array_module(array) is not np
+
+
+def to_device(array: Array, device: str) -> Array:
+    """`array` on the device; the same object when it is there already."""
+    kind, index = parse_device(device)
+    if kind == "cpu":
+        return to_numpy(array)
+    import cupy
+
+    with cupy.cuda.Device(index):
+        return cupy.asarray(array)
+
+
+def on_device(device: str) -> Any:
+    """A context in which new arrays of CuPy's land on the device (does nothing for the CPU)."""
+    kind, index = parse_device(device)
+    if kind == "cpu":
+        return nullcontext()
+    import cupy
+
+    return cupy.cuda.Device(index)
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """A NumPy array with the values of an array or Tensor (no copy where it is NumPy's already)."""
+    array = getattr(array, "data", array) if not isinstance(array, np.ndarray) else array
+    cupy = _cupy()
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return cupy.asnumpy(array)
+    return np.asarray(array)
+
+
+def synchronize(array: Array) -> None:
+    """Wait until the device has computed the array (GPU work is asynchronous; the CPU's is not)."""
+    if is_cuda(array):
+        array_module(array).cuda.get_current_stream().synchronize()
+
+
+# --- arithmetic that all of the engine shares --------------------------------------------------------------------------
+
+
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    """a @ b for equal dtypes, broadcasting over leading axes: every matrix product of the engine comes through here."""
+    return array_module(a, b).matmul(a, b, out=out)
+
+
+def add_at(target: Array, index: Array, values: Array) -> None:
+    """target[index] += values along the first axis, with repeated indices adding up (the transpose of target[index])."""
+    xp = array_module(target)
+    if xp is np:
+        np.add.at(target, index, values)
+    else:
+        xp.add.at(target, index, values)  # CuPy: atomic additions
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def memory_bytes(device: str = "cpu") -> int:
+    """Bytes in use now: the process's resident set on the CPU, CuPy's pool on a GPU."""
+    if device.startswith("cuda"):
+        with on_device(device):
+            return int(sys.modules["cupy"].get_default_memory_pool().total_bytes())
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no /proc: macOS and Windows know only the peak
+        return peak_memory_bytes()
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set of this process so far, in bytes (0 where the system does not say)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,64 @@
+"""`LoraConfig`: what an adapter is, before any array exists. Field names follow PEFT where PEFT has the idea."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from ..errors import MiniloraError
+
+INITIALISATIONS = ("kaiming", "gaussian", "zeros")
+BIAS_MODES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The shape and scale of one adapter (Hu et al. 2021, section 4.1; PEFT's `LoraConfig`).
+
+    r: rank of the update ΔW = scale · B A, with A (r, in) and B (out, r).
+    alpha: numerator of the scale (PEFT's `lora_alpha`); scale = alpha / r, or alpha / sqrt(r) with `use_rslora`.
+    dropout: probability of zeroing an entry of the adapter's input while training (PEFT's `lora_dropout`).
+    target_modules: a list matches module names by suffix, a string is a regular expression for the full name, and
+        "all-linear" is every linear layer but the head. `exclude_modules` is matched the same way and wins.
+    rank_pattern, alpha_pattern: {pattern: value} overriding r and alpha for the modules that a pattern matches.
+    init: "kaiming" (PEFT's default: A uniform in ±1/sqrt(in), B zero), "gaussian" (A normal with standard deviation 1/r,
+        B zero), or "zeros" (both zero; only for adapters whose values are loaded afterwards).
+
+    Raises MiniloraError for values outside these ranges.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | list[str] | None = None
+    layers_to_transform: tuple[int, ...] | list[int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: str = "kaiming"
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, rank in [("r", self.r), *((f"rank_pattern[{key!r}]", value) for key, value in self.rank_pattern.items())]:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise MiniloraError(f"LoraConfig.{name} is {rank!r}, expected a whole number of at least 1, e.g. 8")
+        for name, alpha in [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+                raise MiniloraError(f"LoraConfig.{name} is {alpha!r}, expected a finite number, e.g. 16")
+        if not 0.0 <= self.dropout < 1.0:
+            raise MiniloraError(f"LoraConfig.dropout is {self.dropout!r}, expected a probability in [0, 1), e.g. 0.05")
+        if self.init not in INITIALISATIONS:
+            raise MiniloraError(f"LoraConfig.init is {self.init!r}, expected one of {', '.join(INITIALISATIONS)}")
+        if self.bias not in BIAS_MODES:
+            raise MiniloraError(f"LoraConfig.bias is {self.bias!r}, expected one of {', '.join(BIAS_MODES)}")
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The factor in front of B A: alpha / r (Hu et al. 2021), or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def with_changes(self, **changes: object) -> LoraConfig:
+        """A copy with some fields replaced, checked like a new one."""
+        return replace(self, **changes)  # type: ignore[arg-type]

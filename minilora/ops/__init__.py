@@ -1,0 +1,52 @@
+"""The differentiable primitives, a file per idea. `minilora.tensor.PRIMITIVES` lists them all."""
+
+from .activation import gelu_tanh, silu, silu_mul
+from .arithmetic import add, div, exp, log, maximum, mean, mul, neg, power, sqrt, sub, sum, tanh, where
+from .attention import attention
+from .embedding import embedding
+from .linalg import CompressedWeight, linear, matmul
+from .lora import dropout, lora_linear, low_rank
+from .loss import cross_entropy, linear_cross_entropy
+from .norm import layer_norm, rms_norm
+from .rotary import rotary
+from .shape import astype, broadcast_to, concatenate, getitem, reshape, select_rows, transpose
+
+__all__ = [
+    "CompressedWeight",
+    "add",
+    "astype",
+    "attention",
+    "broadcast_to",
+    "concatenate",
+    "cross_entropy",
+    "div",
+    "dropout",
+    "embedding",
+    "exp",
+    "gelu_tanh",
+    "getitem",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "log",
+    "lora_linear",
+    "low_rank",
+    "matmul",
+    "maximum",
+    "mean",
+    "mul",
+    "neg",
+    "power",
+    "reshape",
+    "rms_norm",
+    "rotary",
+    "select_rows",
+    "silu",
+    "silu_mul",
+    "sqrt",
+    "sub",
+    "sum",
+    "tanh",
+    "transpose",
+    "where",
+]
