@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -229,6 +230,51 @@ def test_importing_minilora_takes_under_a_third_of_a_second_beyond_numpy():
     code = "import numpy, time; t = time.process_time(); import minilora; print(time.process_time() - t)"
     seconds = [float(run_python(code)) for _ in range(6)][1:]
     assert statistics.median(seconds) < SECONDS_TO_IMPORT, seconds
+
+
+# ---------------------------------------------------------------- dependencies
+
+
+def test_docs_say_of_every_dependency_where_it_is_imported():
+    """Of each package: the files that the table names (a folder stands for any file in it) are those that import it."""
+    importing: dict[str, set[str]] = {}
+    for path, source in SOURCES.items():
+        for package, _ in imports(path, source):
+            importing.setdefault(package, set()).add(path)
+    assert documented().keys() == declared()
+    for package, places in documented().items():
+        files = importing.get(package.partition("-")[0], set())
+        if places != {"everywhere"}:
+            assert {place for place in places for file in files if file.startswith(place)} == places, (package, files)
+            assert {file for place in places for file in files if file.startswith(place)} == files, (package, files)
+
+
+def test_nothing_is_imported_that_is_not_declared():
+    standard = {"minilora", *sys.stdlib_module_names}
+    imported = {package for path, source in SOURCES.items() for package, _ in imports(path, source)} - standard
+    assert imported - {"cupyx", "cupy_backends"} <= {name.partition("-")[0] for name in declared()}
+
+
+def declared() -> set[str]:
+    """The packages in pyproject.toml that minilora/ itself imports: the default dependencies and users' extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    requirements = sum((extras[extra] for extra in ("cuda12", "cuda13", "plot", "hub")), project["dependencies"])
+    return {re.split("[<>=!~[ ]", requirement)[0] for requirement in requirements}
+
+
+def documented() -> dict[str, set[str]]:
+    """{package: places in the column "imported in"} of the tables in docs/dependencies.md."""
+    rows = re.findall(r"^\|(.+)\|$", (ROOT / "docs" / "dependencies.md").read_text("utf-8"), re.M)
+    found = {}
+    for row in rows:
+        cells = row.split("|")
+        places = set(re.findall("`([^`]+)`", cells[-1])) or {cells[-1].strip()}
+        if places & {"", "---", "imported in"}:
+            continue
+        for package in re.findall("`([^`]+)`", cells[1] if len(cells) == 5 else cells[0]):
+            found[package] = places
+    return found
 
 
 # ---------------------------------------------------------------- what there is to read
