@@ -1,3 +1,41 @@
-"""minilora: LoRA fine-tuning written from scratch on NumPy; the same source runs on a GPU through CuPy."""
+"""minilora: LoRA fine-tuning written from scratch on NumPy; the same source runs on a GPU through CuPy.
+
+    import minilora as ml
+    model = ml.load_model("smollm2")
+    model.add_adapter("mine", ml.LoraConfig(r=8, alpha=16))
+    optimiser = ml.AdamW(model.adapter_parameters("mine"), lr=1e-4)
+    loss = ml.TrainStep(model, optimiser)(tokens, labels)
+
+Importing it needs NumPy alone; the libraries that read and write files are imported when a file is.
+"""
+
 from . import ops
-from .tensor import Tensor, no_grad, primitive
+from .backend import to_numpy
+from .errors import MiniloraError
+from .lora import LoraConfig
+from .model import Model, load_model, new_model
+from .optim import Adam, AdamW, clip_grad_norm, schedule
+from .step import MicroBatch, TrainStep
+from .tensor import Tensor, checkpoint, no_grad, primitive
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adam",
+    "AdamW",
+    "LoraConfig",
+    "MicroBatch",
+    "MiniloraError",
+    "Model",
+    "Tensor",
+    "TrainStep",
+    "checkpoint",
+    "clip_grad_norm",
+    "load_model",
+    "new_model",
+    "no_grad",
+    "ops",
+    "primitive",
+    "schedule",
+    "to_numpy",
+]

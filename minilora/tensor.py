@@ -280,6 +280,11 @@ def _record(name: str, outputs: tuple[Array, ...], vjp: Callable, inputs: Iterab
     return results
 
 
+def is_recording() -> bool:
+    """Whether primitives record now: not inside no_grad()."""
+    return _recording
+
+
 @contextmanager
 def no_grad() -> Iterator[None]:
     """Inside, nothing is recorded: results need no gradient."""

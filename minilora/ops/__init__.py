@@ -9,11 +9,12 @@ from .lora import dropout, lora_linear, low_rank
 from .loss import cross_entropy, linear_cross_entropy
 from .norm import layer_norm, rms_norm
 from .rotary import rotary
-from .shape import astype, broadcast_to, concatenate, getitem, reshape, select_rows, transpose
+from .shape import add_rows, astype, broadcast_to, concatenate, getitem, reshape, select_rows, transpose
 
 __all__ = [
     "CompressedWeight",
     "add",
+    "add_rows",
     "astype",
     "attention",
     "broadcast_to",

@@ -63,6 +63,18 @@ def select_rows(x: Array, *, index: Array):
 
 
 @primitive
+def add_rows(x: Array, rows: Array, *, index: Array):
+    """y = x with rows added at x[index], for distinct integers;  dx = dy, drows = dy[index]."""
+    y = x.copy()
+    y[index] += rows
+
+    def vjp(dy):
+        return dy, dy[index]
+
+    return y, vjp
+
+
+@primitive
 def concatenate(*parts: Array, axis: int = 0):
     """y = the parts, one after the other along `axis`;  each part's gradient is its slice of dy."""
     xp = array_module(*parts)

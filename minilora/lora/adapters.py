@@ -1,0 +1,132 @@
+"""All adapters on one base: adding, loading values, selecting, removing. No base weight is copied or changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..backend import compute_dtype, to_device
+from ..errors import MiniloraError
+from ..models import CausalLM
+from ..nn import Linear
+from ..tensor import Tensor
+from .config import LoraConfig
+from .layer import AdapterSlot, LoraLayer, Selection, initial_matrices
+from .targets import check_patterns, pattern_value, target_names
+
+PEFT_PREFIX = "base_model.model."  # PEFT's keys are this, the module's path, a dot and the name within the layer
+
+
+class Adapters:
+    """The adapters of a network by name, and which of them are selected."""
+
+    def __init__(self, network: CausalLM) -> None:
+        self.network = network
+        self.state = network.adapter_state
+        self.state.selection = Selection()
+        self.configs: dict[str, LoraConfig] = {}
+        self.linears = {name: module for name, module in network.named_modules() if isinstance(module, Linear)}
+
+    @property
+    def selection(self) -> Selection:
+        return self.state.selection
+
+    def slots(self, name: str) -> dict[str, AdapterSlot]:
+        """The slots that hold adapter `name`, by module name."""
+        self.check(name)
+        return {path: linear.adapter for path, linear in self.linears.items() if linear.adapter and name in linear.adapter.layers}
+
+    def layers(self, name: str) -> dict[str, LoraLayer]:
+        """Adapter `name`'s layers by module name."""
+        return {path: slot.layers[name] for path, slot in self.slots(name).items()}
+
+    def check(self, name: str) -> None:
+        """MiniloraError if there is no adapter of this name."""
+        if name not in self.configs:
+            have = ", ".join(map(repr, self.configs)) or "none"
+            raise MiniloraError(f"there is no adapter {name!r}; the model has {have}: add_adapter or load_adapter brings one")
+
+    def add(self, name: str, config: LoraConfig, seed: int = 0, values: Mapping[str, np.ndarray] | None = None, trainable: bool = True) -> None:
+        """Put a new adapter into the slots of the layers that `config` targets.
+
+        values: PEFT key -> array to use instead of a random start; they must fit one to one. Nothing changes on an error.
+        """
+        if not name or "." in name:
+            raise MiniloraError(f"an adapter's name is a word without dots, found {name!r}")
+        if name in self.configs:
+            raise MiniloraError(f"there is an adapter {name!r} already: delete it first, or choose another name")
+        paths = target_names(list(self.linears), config)
+        check_patterns(paths, config.rank_pattern, "rank_pattern")
+        check_patterns(paths, config.alpha_pattern, "alpha_pattern")
+        dtype = compute_dtype(self.network.dtype)
+        random = np.random.default_rng(seed)
+        layers: dict[str, LoraLayer] = {}
+        for path in paths:
+            linear = self.linears[path]
+            rank = pattern_value(path, config.rank_pattern, config.r)
+            alpha = pattern_value(path, config.alpha_pattern, config.alpha)
+            matrices = initial_matrices(config, rank, linear.out_features, linear.in_features, random, dtype)
+            if values is not None:
+                keys = (f"{PEFT_PREFIX}{path}.lora_A.weight", f"{PEFT_PREFIX}{path}.lora_B.weight")
+                matrices = tuple(  # type: ignore[assignment]
+                    _fitting(values, key, start.shape, dtype) for key, start in zip(keys, matrices, strict=True)
+                )
+            on_device = [Tensor(to_device(matrix, linear.weight.device), requires_grad=trainable) for matrix in matrices]
+            layers[path] = LoraLayer(*on_device, scale=config.scale(rank, alpha), dropout=config.dropout)
+        if values is not None:
+            known = {f"{PEFT_PREFIX}{path}.{part}" for path, layer in layers.items() for part in layer.parameters()}
+            extra = sorted(set(values) - known)
+            if extra:
+                raise MiniloraError(f"the adapter has {len(extra)} tensors that fit no layer of this model, the first is {extra[0]}: is it another model's?")
+        numbers = {path: number for number, path in enumerate(self.linears)}
+        for path, layer in layers.items():
+            linear = self.linears[path]
+            linear.adapter = linear.adapter or AdapterSlot(self.state, numbers[path])
+            linear.adapter.layers[name] = layer
+        self.configs[name] = config
+
+    def remove(self, name: str) -> None:
+        """Take adapter `name` out of all slots; a selection that names it becomes the bare base."""
+        for path in self.slots(name):
+            linear = self.linears[path]
+            del linear.adapter.layers[name]
+            if not linear.adapter.layers:
+                linear.adapter = None
+        del self.configs[name]
+        used = [used for used, _ in self.selection.weights] if self.selection.rows is None else self.selection.rows
+        if name in used:
+            self.state.selection = Selection()
+
+    def select(self, which: str | Mapping[str, float] | None = None, rows: Sequence[str | None] | None = None) -> None:
+        """Apply one adapter (its name), a weighted sum of several (name -> weight), none, or one per row of the batch."""
+        if rows is not None:
+            if which is not None:
+                raise MiniloraError("set_adapter takes either an adapter (or weights) or rows=[...], found both")
+            for name in rows:
+                if name is not None:
+                    self.check(name)
+            self.state.selection = Selection(rows=tuple(rows))
+            return
+        weights = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
+        for name, weight in weights.items():
+            self.check(name)
+            if not np.isfinite(weight):
+                raise MiniloraError(f"the weight of adapter {name!r} is {weight}, expected a finite number")
+        self.state.selection = Selection(weights=tuple((name, float(weight)) for name, weight in weights.items()))
+
+    def parameters(self, name: str) -> dict[str, Tensor]:
+        """Adapter `name`'s Tensors by PEFT key, in the order of the layers."""
+        return {
+            f"{PEFT_PREFIX}{path}.{part}": tensor
+            for path, layer in self.layers(name).items()
+            for part, tensor in layer.parameters().items()
+        }
+
+
+def _fitting(values: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if key not in values:
+        raise MiniloraError(f"the adapter has no tensor {key}, which its configuration calls for")
+    if values[key].shape != shape:
+        raise MiniloraError(f"the adapter's {key} has shape {values[key].shape}, expected {shape}: is it another model's?")
+    return np.array(values[key], dtype)  # a copy: training writes into it

@@ -1,0 +1,349 @@
+"""The facade that users hold: `load_model` and `Model`. Its methods call the network, lora, formats and generate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .backend import Array, cast, compute_dtype, dtype_of, parse_device, to_device, to_numpy
+from .errors import MiniloraError
+from .lora import PEFT_PREFIX, Adapters, LoraConfig, Merge
+from .lora.layer import Selection
+from .lora.targets import matches
+from .models import CausalLM, ModelConfig, family_of
+from .models.causal_lm import IGNORED, shifted_labels
+from .nn import Linear, Weights
+from .ops import CompressedWeight
+from .tensor import Tensor, is_recording, no_grad
+
+if TYPE_CHECKING:
+    from .formats.tokenizer import Tokenizer
+
+
+def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Model:
+    """A pretrained model: a Hugging Face directory, a GGUF file, "smollm2", or a hub id.
+
+    dtype: "float32", "float64", "float16" or "bfloat16" to hold the weights in; None keeps what a directory stores (mapped from
+    the file, not copied) and gives float32 for GGUF. Raises MiniloraError for anything missing, truncated or unsupported.
+    """
+    from .formats.checkpoint import find_model, open_checkpoint
+
+    parse_device(device)
+    wanted = None if dtype is None else dtype_of(dtype)
+    checkpoint = open_checkpoint(find_model(path))
+    if wanted is None and checkpoint.format == "gguf":
+        wanted = np.dtype(np.float32)
+    family = family_of(checkpoint.config)
+    config = family.read_config(checkpoint.config)
+    used: set[str] = set()
+    dtypes: set[np.dtype] = set()
+
+    def source(name: str, shape: tuple[int, ...]) -> Array:
+        if name not in checkpoint.tensors:
+            raise MiniloraError(f"{checkpoint.path} has no tensor {name}, which its configuration calls for: is the file complete?")
+        entry = checkpoint.tensors[name]
+        if tuple(entry.shape) != shape:
+            raise MiniloraError(f"{checkpoint.path}: {name} has shape {tuple(entry.shape)}, its configuration calls for {shape}")
+        used.add(name)
+        array = entry.array()
+        array = array if wanted is None else cast(array, wanted)
+        dtypes.add(array.dtype)
+        return to_device(array, device)
+
+    stored = {entry.dtype for entry in checkpoint.tensors.values()}
+    dtype_of_network = compute_dtype(wanted if wanted is not None else np.dtype("float64" if stored == {"float64"} else "float32"))
+    network = family.network(config, Weights(source), dtype_of_network)
+    unused = sorted(name for name in checkpoint.tensors if name not in used and not family.network.ignores(name, config))
+    if unused:
+        raise MiniloraError(f"{checkpoint.path} has {len(unused)} tensors that a {config.model_type} model has no place for, first {unused[0]}")
+    return Model(network, checkpoint.tokenizer, generation_config=checkpoint.generation_config, source=str(path))
+
+
+def new_model(config: Mapping[str, Any], seed: int = 0, device: str = "cpu", dtype: str = "float32", std: float = 0.02) -> Model:
+    """A model with random weights (normal, standard deviation `std`; norms 1, biases 0) from a config.json's contents."""
+    family = family_of(dict(config))
+    random = np.random.default_rng(seed)
+    held = dtype_of(dtype)
+
+    def source(name: str, shape: tuple[int, ...]) -> Array:
+        if name.endswith("bias"):
+            values = np.zeros(shape)
+        elif len(shape) == 1:
+            values = np.ones(shape)
+        else:
+            values = random.normal(0.0, std, shape)
+        return to_device(values.astype(held), device)
+
+    network = family.network(family.read_config(dict(config)), Weights(source), compute_dtype(held))
+    return Model(network, None, source=f"a random {config['model_type']}")
+
+
+class Model:
+    """A network with its tokenizer and its adapters.
+
+    network: the layers (models/). tokenizer: None where the checkpoint has none. source: what it was loaded from, as it was named.
+    checkpoint: set it to True to recompute each block in backward instead of keeping its activations.
+    """
+
+    def __init__(
+        self, network: CausalLM, tokenizer: Tokenizer | None, generation_config: dict[str, Any] | None = None, source: str = ""
+    ) -> None:
+        self.network, self.tokenizer, self.source = network, tokenizer, source
+        self.generation_config = generation_config or {}
+        self._adapters = Adapters(network)
+        self._merge = Merge()
+        self._passes = 0  # training passes so far: each draws its own dropout masks
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda:N"."""
+        return self.network.device
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype that the network computes in: float32, or float64 for a float64 model."""
+        return self.network.dtype
+
+    @property
+    def checkpoint(self) -> bool:
+        return self.network.checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: bool) -> None:
+        self.network.checkpoint = value
+
+    def to(self, device: str) -> Model:
+        """Move all weights and adapters to the device, in place; returns the model."""
+        parse_device(device)
+        for tensor in self._all_tensors():
+            if isinstance(tensor.data, CompressedWeight):
+                raise MiniloraError("a model with compressed weights stays on the device that it was loaded to: load it there")
+            tensor.data = to_device(tensor.data, device)
+            tensor.grad = None
+        return self
+
+    def _all_tensors(self) -> Iterator[Tensor]:
+        yield from (parameter for _, parameter in self.network.named_parameters())
+        yield from self._merge.kept.values()
+        for name in self._adapters.configs:
+            yield from self._adapters.parameters(name).values()
+
+    # --- what the model computes ------------------------------------------------------------------------------------
+
+    def logits(self, tokens: Any, segments: Any = None) -> Array:
+        """Next-token logits under the selected adapters: (B, T) tokens -> (B, T, V) array on the model's device."""
+        tokens, _, segments = self._checked(tokens, None, segments)
+        self._set_dropout(False)
+        with no_grad():
+            return self.network.logits(tokens, segments).data
+
+    def loss(self, tokens: Any, labels: Any = None, segments: Any = None, normaliser: float | Mapping[str, float] | None = None) -> Tensor:
+        """Σ cross-entropy of the label tokens / normaliser, a scalar Tensor; dropout is on where gradients are recorded.
+
+        tokens, labels (B, T): labels default to the tokens, -100 is ignored, and they are shifted inside (position t predicts
+        label t + 1), as Hugging Face does. segments (B, T): 0 is padding; tokens attend within their segment only, positions
+        restart at its start, and its first token is predicted by nobody. normaliser: this batch's count of label tokens if
+        left out; accumulation passes the count over all micro-batches.
+        With set_adapter(rows=...) each adapter's sum is divided by its own count (normaliser: a dict by adapter name) and rows
+        of the bare base are left out. Raises MiniloraError for a batch without a label.
+        """
+        tokens, targets, segments = self._checked(tokens, labels, segments)
+        weights = self._loss_weights(targets, normaliser)
+        self._set_dropout(is_recording())
+        return self.network.loss_sum(tokens, np.where(weights > 0, targets, IGNORED), weights, segments)
+
+    def label_count(self, tokens: Any, labels: Any = None, segments: Any = None) -> int:
+        """How many positions of this batch carry a loss."""
+        _, targets, _ = self._checked(tokens, labels, segments)
+        return int((targets != IGNORED).sum())
+
+    def _loss_weights(self, targets: np.ndarray, normaliser: float | Mapping[str, float] | None) -> np.ndarray:
+        """What each position's loss is multiplied by, (B, T) float64: 1 / normaliser, or each row's adapter's own."""
+        labelled = targets != IGNORED
+        rows = self._adapters.selection.rows
+        weights = np.zeros(targets.shape)
+        if rows is None:
+            if isinstance(normaliser, Mapping):
+                raise MiniloraError("a normaliser by adapter name goes with set_adapter(rows=...); pass a number here")
+            total = labelled.sum() if normaliser is None else normaliser
+            weights[labelled] = 1 / total if total else 0
+        else:
+            if len(rows) != len(targets):
+                raise MiniloraError(f"set_adapter(rows=...) names {len(rows)} rows, and the batch has {len(targets)}")
+            for name in dict.fromkeys(row for row in rows if row is not None):
+                mine = labelled & np.array([row == name for row in rows])[:, None]
+                total = mine.sum() if normaliser is None else normaliser[name] if isinstance(normaliser, Mapping) else normaliser
+                weights[mine] = 1 / total if total else 0
+        if not weights.any():
+            raise MiniloraError("the batch has no label: every position is ignored (-100), so there is no loss to train on")
+        return weights
+
+    def _checked(self, tokens: Any, labels: Any, segments: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """tokens, shifted targets and segments as (B, T) NumPy arrays; MiniloraError if they do not fit this model."""
+        tokens = to_numpy(tokens)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] == 0:
+            raise MiniloraError(f"tokens must be integers of shape (B, T), found {tokens.dtype} of shape {tokens.shape}")
+        labels = tokens if labels is None else to_numpy(labels)
+        segments = None if segments is None else to_numpy(segments)
+        for name, array in (("labels", labels), ("segments", segments)):
+            if array is not None and (array.shape != tokens.shape or array.dtype.kind not in "iu"):
+                raise MiniloraError(f"{name} must be integers of the tokens' shape {tokens.shape}, found {array.dtype} of shape {array.shape}")
+        if tokens.shape[1] > self.config.max_position_embeddings:
+            raise MiniloraError(
+                f"the sequence has {tokens.shape[1]} tokens, over the model's context of {self.config.max_position_embeddings}: shorten it"
+            )
+        targets = shifted_labels(labels.astype(np.int64), segments)
+        for name, low, high in (("token", tokens.min(initial=0), tokens.max(initial=0)), ("label", targets.min(initial=0), targets.max(initial=0))):
+            if high >= self.config.vocab_size or (low < 0 and not (name == "label" and (targets[targets < 0] == IGNORED).all())):
+                raise MiniloraError(f"{name} ids must lie in 0 … {self.config.vocab_size - 1}, found {low} … {high}: is the tokenizer another model's?")
+        return tokens, targets, segments
+
+    def _set_dropout(self, training: bool) -> None:
+        selection = self._adapters.selection
+        self._passes += training
+        number = self._passes if training else None
+        self._adapters.state.selection = Selection(selection.weights, selection.rows, number)
+
+    def generate(self, prompt: str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray, max_new_tokens: int = 128, **options: Any) -> Any:
+        """Continue a prompt: text or chat messages give text, token ids give a list of new ids. See `minilora.generate`."""
+        from .generate import generate
+
+        return generate(self, prompt, max_new_tokens, **options)
+
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> dict[str, LoraConfig]:
+        """The adapters on this base by name, with their configurations."""
+        return dict(self._adapters.configs)
+
+    @property
+    def active_adapters(self) -> dict[str, float]:
+        """The selected adapters and their weights ({} for the bare base; with rows, each that a row uses has weight 1)."""
+        selection = self._adapters.selection
+        if selection.rows is not None:
+            return {name: 1.0 for name in dict.fromkeys(selection.rows) if name is not None}
+        return dict(selection.weights)
+
+    def add_adapter(self, name: str, config: LoraConfig | None = None, seed: int = 0) -> None:
+        """Add a new adapter and select it. With B = 0 at the start the model's outputs stay exactly those of the base."""
+        self._must_not_be_merged("add an adapter")
+        self._adapters.add(name, config or LoraConfig(), seed)
+        self._adapters.select(name)
+
+    def load_adapter(self, name: str, path: str | Path, trainable: bool = True) -> None:
+        """Load a PEFT directory as adapter `name` and select it; its keys and shapes must fit this model one to one."""
+        from .formats.peft import read_adapter
+
+        self._must_not_be_merged("load an adapter")
+        config, values = read_adapter(Path(path))
+        self._adapters.add(name, config, values=values, trainable=trainable)
+        self._adapters.select(name)
+
+    def save_adapter(self, name: str, path: str | Path) -> None:
+        """Write adapter `name` as a PEFT directory: adapter_config.json and adapter_model.safetensors."""
+        from .formats.peft import write_adapter
+
+        layers = self._adapters.layers(name)
+        values = {key: to_numpy(tensor.data) for key, tensor in self._adapters.parameters(name).items()}
+        write_adapter(
+            Path(path),
+            self._adapters.configs[name],
+            values,
+            base_model=self.source,
+            module_names=list(layers),
+            linear_names=list(self._adapters.linears),
+            fan_in_fan_out=any(self._adapters.linears[layer].conv1d for layer in layers),
+        )
+
+    def set_adapter(self, which: str | Mapping[str, float] | None = None, rows: Sequence[str | None] | None = None) -> None:
+        """Select one adapter by name, a weighted sum of several (name -> weight, exact), none (None), or one per row of the batch."""
+        if which is not None or rows is not None:
+            self._must_not_be_merged("select an adapter")
+        self._adapters.select(which, rows)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove adapter `name`; if it was selected, the bare base is."""
+        self._adapters.remove(name)
+
+    def adapter_parameters(self, name: str) -> dict[str, Tensor]:
+        """Adapter `name`'s Tensors by PEFT key."""
+        return self._adapters.parameters(name)
+
+    def merge_adapter(self, which: str | Mapping[str, float]) -> None:
+        """Put the adapter's ΔW (or a weighted sum of several) into the base's weights; no adapter is selected afterwards."""
+        weights = {which: 1.0} if isinstance(which, str) else dict(which)
+        for name in weights:
+            self._adapters.check(name)
+        self._merge.merge(self._adapters, weights)
+        self._adapters.select(None)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back, bit for bit."""
+        self._merge.unmerge(self._adapters)
+
+    def _must_not_be_merged(self, action: str) -> None:
+        if self._merge.active:
+            raise MiniloraError(f"cannot {action} while the base holds a merged adapter: unmerge_adapter() first")
+
+    # --- the base's own parameters ----------------------------------------------------------------------------------
+
+    def unfreeze(self, pattern: str | Sequence[str]) -> list[str]:
+        """Train the base parameters that `pattern` matches (a list by suffix, a string by full regular expression); their names.
+
+        They become writable copies in the network's dtype. A pattern without a match is a MiniloraError.
+        """
+        import re
+
+        names = dict(self.network.named_parameters())
+        if isinstance(pattern, str):
+            chosen = [name for name in names if re.fullmatch(pattern, name)]
+        else:
+            chosen = [name for name in names if any(matches(name, part) for part in pattern)]
+        if not chosen:
+            raise MiniloraError(f"unfreeze: {pattern!r} matches no parameter; they are named like {next(iter(names))}")
+        for name in chosen:
+            parameter = names[name]
+            if isinstance(parameter.data, CompressedWeight):
+                raise MiniloraError(f"{name} is stored compressed and cannot be trained: load the model with dtype='float32'")
+            parameter.data = cast(parameter.data, self.dtype).copy()
+            parameter.requires_grad = True
+        return chosen
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Everything that training would change now: unfrozen base parameters by name, the selected adapters' by PEFT key.
+
+        With several adapters selected their keys carry the adapter's name before the last part, as in PEFT's memory.
+        """
+        found = {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
+        active = list(self.active_adapters)
+        for adapter in active:
+            for key, tensor in self._adapters.parameters(adapter).items():
+                if tensor.requires_grad:
+                    stem, _, last = key.rpartition(".")
+                    found[key if len(active) == 1 else f"{stem}.{adapter}.{last}"] = tensor
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write the base, merged or not, as a Hugging Face directory with its tokenizer; adapters are saved by save_adapter."""
+        from .formats.checkpoint import save_checkpoint
+
+        tensors: dict[str, np.ndarray] = {}
+        modules = dict(self.network.named_modules())
+        for name, parameter in self.network.named_parameters():
+            data = parameter.data.dense() if isinstance(parameter.data, CompressedWeight) else parameter.data
+            owner = modules[name.rpartition(".")[0]]
+            transposed = isinstance(owner, Linear) and owner.conv1d and name.endswith(".weight")
+            tensors[name] = to_numpy(data.T if transposed else data)
+        config = dict(self.config.raw) | {"tie_word_embeddings": self.network.head_is_tied}
+        save_checkpoint(Path(path), config, tensors, self.tokenizer, self.generation_config)
+
+
+__all__ = ["PEFT_PREFIX", "Model", "load_model", "new_model"]

@@ -1,0 +1,35 @@
+"""The transformer stack: a file per family over shared parts. `FAMILIES` says which model_type is which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..errors import MiniloraError
+from . import llama
+from .cache import KVCache
+from .causal_lm import CausalLM
+from .config import ModelConfig
+
+
+class Family(NamedTuple):
+    """How to read a family's config.json, and the network that it describes."""
+
+    read_config: Callable[[dict[str, Any]], ModelConfig]
+    network: type[CausalLM]
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(llama.read_config, llama.LlamaForCausalLM),
+}
+
+
+def family_of(raw: dict[str, Any]) -> Family:
+    """The Family of a config.json; MiniloraError names one that is not supported."""
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise MiniloraError(f"config.json has model_type {model_type!r}; supported are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "CausalLM", "Family", "KVCache", "ModelConfig", "family_of"]

@@ -1,0 +1,155 @@
+"""The causal language model that every family is: embed, blocks, final norm, head; its loss and its logits.
+
+A family file gives the embedding, the blocks and the names; this file has what is the same for all of them.
+Axes: B batch, T time, D width, V vocabulary, M labelled positions.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from .. import ops
+from ..backend import Array, array_module, to_device
+from ..nn import AdapterState, Linear, Module
+from ..tensor import Tensor, checkpoint
+from .cache import KVCache
+from .config import ModelConfig
+from .parts import Context
+from .rope import RotaryTable, inverse_frequencies
+
+IGNORED = -100  # the label of a position without a loss, as in torch and Hugging Face
+
+
+def segment_positions(segments: np.ndarray) -> np.ndarray:
+    """Each token's position within its segment: 0, 1, 2 … from where the segment number changes. (B, T) -> (B, T)."""
+    index = np.arange(segments.shape[1])
+    starts = np.ones_like(segments, bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+
+
+def shifted_labels(labels: np.ndarray, segments: np.ndarray | None) -> np.ndarray:
+    """What each position has to predict: the next position's label, IGNORED at the end and where a segment ends. (B, T)."""
+    targets = np.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    if segments is not None:
+        targets[:, :-1][segments[:, 1:] != segments[:, :-1]] = IGNORED
+        targets[segments == 0] = IGNORED
+    return targets
+
+
+class CausalLM(Module):
+    """A decoder with a language-model head. Subclasses set the parts below and give `embed`, `blocks`, `final_norm`."""
+
+    lm_head: Linear
+
+    def __init__(self, config: ModelConfig, dtype: np.dtype) -> None:
+        self.config, self.dtype = config, dtype
+        self.adapter_state = AdapterState()
+        self.checkpoint = False  # recompute each block in backward instead of keeping its activations
+        self.rotary = RotaryTable(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling), dtype)
+
+    @abstractmethod
+    def embed(self, tokens: Array, positions: Array) -> Tensor:
+        """(B, T) tokens and their positions (B or 1, T) -> (B, T, D)."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[Module]:
+        """The decoder blocks in order, each called as block(x, context)."""
+
+    @property
+    @abstractmethod
+    def final_norm(self) -> Module:
+        """The norm between the last block and the head."""
+
+    @classmethod
+    def ignores(cls, name: str, config: ModelConfig) -> bool:
+        """Whether a checkpoint's tensor of this name has no place here and needs none: a tied head, a buffer of constants."""
+        return name == "lm_head.weight" and config.tie_word_embeddings
+
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the head's matrix is the embedding's (merging an adapter of the head unties them)."""
+        return all(self.lm_head.weight is not weight for name, weight in self.named_parameters() if name == "lm_head.weight")
+
+    @property
+    def device(self) -> str:
+        return self.lm_head.weight.device
+
+    def hidden(self, tokens: np.ndarray, segments: np.ndarray | None = None, cache: KVCache | None = None) -> Tensor:
+        """The last block's output, before the final norm: (B, T) NumPy tokens -> (B, T, D).
+
+        segments (B, T): tokens attend within their own number only, and positions restart at its start. With a cache the
+        tokens continue the positions that it holds.
+        """
+        device = self.device
+        if segments is not None:
+            positions = segment_positions(segments)
+        else:
+            begin = cache.length if cache is not None else 0
+            positions = np.arange(begin, begin + tokens.shape[1])[None]
+        cos, sin = self.rotary.at(positions)
+        context = Context(
+            cos=to_device(cos, device),
+            sin=to_device(sin, device),
+            segments=None if segments is None else to_device(segments, device),
+            cache=cache,
+        )
+        x = self.embed(to_device(tokens, device), to_device(positions, device))
+        for block in self.blocks:
+            if self.checkpoint and cache is None:
+                run = partial(self._run_block, block, self.adapter_state.selection, context)
+                x = checkpoint(run, x, parameters=block.trained())
+            else:
+                x = block(x, context)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return x
+
+    def _run_block(self, block: Module, selection: object, context: Context, x: Tensor) -> Tensor:
+        """A block under the adapters that were selected in the forward pass, also when backward runs it again later."""
+        now, self.adapter_state.selection = self.adapter_state.selection, selection
+        try:
+            return block(x, context)
+        finally:
+            self.adapter_state.selection = now
+
+    def logits(self, tokens: np.ndarray, segments: np.ndarray | None = None, cache: KVCache | None = None, last: bool = False) -> Tensor:
+        """(B, T) tokens -> (B, T, V), or (B, 1, V) for the last position only."""
+        x = self.hidden(tokens, segments, cache)
+        return self.lm_head(self.final_norm(x[:, -1:] if last else x))
+
+    def loss_sum(self, tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray, segments: np.ndarray | None = None) -> Tensor:
+        """Σ weight · cross-entropy over the positions whose target is not IGNORED; targets and weights (B, T).
+
+        The final norm and the head run on those M positions only, the head in chunks: no (M, V) array is held.
+        """
+        x = self.hidden(tokens, segments)
+        index = np.flatnonzero(targets.reshape(-1) != IGNORED)
+        x = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (B T, D)
+        if len(index) < len(x):
+            x = ops.select_rows(x, index=to_device(index, self.device))  # -> (M, D)
+        x = self.final_norm(x)
+        labels = to_device(targets.reshape(-1)[index], self.device)
+        weight = to_device(weights.reshape(-1)[index].astype(self.dtype), self.device)
+        if self.lm_head.adapter is None and self.lm_head.bias is None:
+            return ops.linear_cross_entropy(x, self.lm_head.weight, labels=labels, weights=weight)
+        return self._loss_through_head(x, labels, weight)
+
+    def _loss_through_head(self, x: Tensor, labels: Array, weights: Array) -> Tensor:
+        """The same sum for a head that is more than one matrix (an adapter, a bias): chunks of its logits, made again in backward."""
+        chunk = max(1, ops.loss.CHUNK_ENTRIES // self.lm_head.out_features)
+        total: Tensor | float = 0.0
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+
+            def piece(rows: Tensor, part: slice = part) -> Tensor:
+                return ops.cross_entropy(self.lm_head(rows), labels=labels[part], weights=weights[part])
+
+            total = checkpoint(piece, x[part], parameters=self.lm_head.trained()) + total
+        return total if isinstance(total, Tensor) else Tensor(array_module(x.data).zeros((), self.dtype))
