@@ -1,4 +1,4 @@
-"""Writing files so that neither a crash nor a full disk leaves half of one; reading JSON, with errors that name the line.
+"""Writing files so that neither a crash nor a full disk leaves half of one, and reading JSON: errors name the line.
 
 Everything is first written under a temporary name in the same folder, flushed to the disk (fsync), and only then
 renamed over the old file: whoever looks sees the old content or the new, whole. What the files mean is formats/'s

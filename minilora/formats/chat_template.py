@@ -79,7 +79,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 class _GenerationBlock(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %} marks what the assistant says; it changes nothing in the text."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (the type that Jinja declares)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -173,7 +173,7 @@ def _llama3_scaling(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]
     GGUF keeps only the divisors, so the parameters that Llama 3.1 to 3.3 were released with are tried.
     """
     tensor = file.tensors[_ROPE_FACTORS]
-    stored = tensor.decode(tensor.stored()).astype(np.float64)
+    stored = tensor.array().astype(np.float64)
     half, factor = config["head_dim"] // 2, float(stored.max(initial=0.0))
     wavelength = 2 * math.pi * config["rope_theta"] ** (np.arange(half) / half)  # of each frequency, in tokens
     for original_context in _LLAMA3_ORIGINAL_CONTEXTS:

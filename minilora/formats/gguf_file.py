@@ -59,6 +59,10 @@ class GGUFTensor:
         row_bytes = self.shape[-1] // block_values * block_bytes
         return np.ndarray((*self.shape[:-1], row_bytes), np.uint8, buffer=self.data, offset=self.offset)
 
+    def array(self) -> np.ndarray:
+        """Plain floats as a view of the file, blocks as new float32; rows in the file's order."""
+        return self.decode(self.stored())
+
     def decode(self, stored: np.ndarray) -> np.ndarray:
         """Plain floats as they are, blocks as float32; rows may have been reordered since `stored()`."""
         if self.type.name in _PLAIN_DTYPES:
