@@ -12,6 +12,7 @@ Importing it needs NumPy alone; the libraries that read and write files are impo
 from . import ops
 from .backend import to_numpy
 from .errors import MiniloraError
+from .gradcheck import GradientError, dot_product_check, gradcheck, gradcheck_parameters
 from .lora import LoraConfig
 from .model import Model, load_model, new_model
 from .optim import Adam, AdamW, clip_grad_norm, schedule
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adam",
     "AdamW",
+    "GradientError",
     "LoraConfig",
     "MicroBatch",
     "MiniloraError",
@@ -31,6 +33,9 @@ __all__ = [
     "TrainStep",
     "checkpoint",
     "clip_grad_norm",
+    "dot_product_check",
+    "gradcheck",
+    "gradcheck_parameters",
     "load_model",
     "new_model",
     "no_grad",

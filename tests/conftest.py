@@ -1,0 +1,48 @@
+"""What every test shares: the device its arrays live on, and how many examples hypothesis tries.
+
+    pytest                      arrays on the CPU, few examples, the same ones every time
+    pytest --device cuda        the same tests with CuPy arrays
+    pytest --thorough           20 times as many examples
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from minilora.backend import parse_device
+from minilora.errors import MiniloraError
+
+EXAMPLES = 10
+THOROUGH = 20  # times as many
+
+_common = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    # `device` is a string that no example changes.
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("ci", max_examples=EXAMPLES, **_common)
+settings.register_profile("thorough", max_examples=EXAMPLES * THOROUGH, **_common)
+settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests' arrays live: cpu, cuda or cuda:N (default: cpu)")
+    parser.addoption("--thorough", action="store_true", help=f"try {THOROUGH} times as many examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        parse_device(config.getoption("--device"))
+    except MiniloraError as error:
+        raise pytest.UsageError(str(error)) from None
+    if config.getoption("--thorough"):
+        settings.load_profile("thorough")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    """The device that --device names, for `backend.to_device`."""
+    return str(pytestconfig.getoption("--device"))
