@@ -21,7 +21,7 @@ PACKAGE = ROOT / "minilora"
 # The order in which the source is read: a file imports only what stands above it, or its own package.
 LAYERS = (
     "errors backend tensor differences gradcheck ops kernels nn models lora optim "
-    "files data step train generate plan report formats model cli"
+    "files data step train generate plan report formats model cli __main__"
 ).split()
 ENGINE = LAYERS[: LAYERS.index("optim") + 1]
 NEAR_THE_MACHINE = ("backend", "kernels")  # where array libraries, their dtypes and thread pools are dealt with

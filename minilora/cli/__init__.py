@@ -1,0 +1,71 @@
+"""The command line, `minilora COMMAND ...`: thin commands that parse, call the library and print.
+
+A command is a module of this package with a typed function `command`, whose docstring is its help. Adding one is one
+line in COMMANDS. What takes long to import (everything but the standard library and typer) is imported inside the
+function, so that --help answers at once. Exit status: 0 done; 1 a clear line on stderr; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import MiniloraError
+
+COMMANDS = ("export",)
+
+
+class Commands(TyperGroup):
+    """The group of all commands: bad input of any of them becomes one line on stderr and exit status 1."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a full disk behind stdout is noticed here, not after the exit status was decided
+            return result
+        except MiniloraError as error:
+            message = str(error)
+        except MemoryError as error:
+            message = f"out of memory ({error or 'no details'}): use a smaller batch, a shorter length or --checkpoint"
+        except BrokenPipeError:
+            raise  # `| head` has read enough: typer ends quietly
+        except OSError as error:
+            message = f"{error.filename or 'output'}: {error.strerror or error}"
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        raise typer.Exit(1)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"minilora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """LoRA fine-tuning written from scratch on NumPy; the same source runs on a GPU through CuPy."""
+
+
+for _name in COMMANDS:
+    app.command(_name)(import_module(f".{_name}", __package__).command)
+
+
+def main() -> None:
+    """The entry point of `minilora` and of `python -m minilora`."""
+    app(prog_name="minilora")

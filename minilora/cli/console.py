@@ -1,0 +1,67 @@
+"""What commands print: results on stdout, notes on stderr; tables in a terminal, plain whole lines in a log."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOG_WIDTH = 10_000  # outside a terminal nothing is cut or wrapped
+
+
+def console(stderr: bool = False) -> Console:
+    """Rich's console for stdout or stderr: as wide as the terminal, or never wrapping where there is none."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else LOG_WIDTH, highlight=False)
+
+
+def note(text: str) -> None:
+    """A line for people, on stderr: what is going on, what was left out."""
+    typer.echo(text, err=True)
+
+
+def print_json(value: Any) -> None:
+    """`value` on stdout as one JSON document; numbers that JSON lacks (NaN, infinity) become null."""
+    typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """A table on stdout; a column whose name ends in ">" is aligned right."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in columns:
+        table.add_column(column.removesuffix(">"), justify="right" if column.endswith(">") else "left")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console().print(table)
+
+
+def bytes_text(count: int) -> str:
+    """12.3 MB: decimal units, as model sizes are given."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
