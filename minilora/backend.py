@@ -1,8 +1,8 @@
 """Which array library an array belongs to, and the few things the two libraries do differently.
 
-NumPy and CuPy share one interface, so the engine is written once: `xp = array_module(x)` and then `xp.exp(x)`. This file
-holds the rest: devices, the floating-point types, matrix products (every one in the engine goes through `matmul`), copies
-to and from the host, and memory counters. It knows nothing of gradients.
+NumPy and CuPy share one interface, so the engine is written once: `xp = array_module(x)` and then `xp.exp(x)`. This
+file holds the rest: devices, the floating-point types, matrix products (every one in the engine goes through `matmul`),
+copies to and from the host, and memory counters. It knows nothing of gradients.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def dtype_of(name: str) -> np.dtype:
         try:
             import ml_dtypes
         except ImportError:
-            raise MiniloraError("bfloat16 needs the package ml_dtypes, which is not installed: pip install ml_dtypes") from None
+            raise MiniloraError(
+                "bfloat16 needs the package ml_dtypes, which is not installed: pip install ml_dtypes"
+            ) from None
         return np.dtype(ml_dtypes.bfloat16)
     if name not in FLOAT_DTYPES:
         raise MiniloraError(f"dtype is {name!r}, expected one of {', '.join(FLOAT_DTYPES)}")
@@ -83,7 +85,7 @@ def parse_device(device: str) -> tuple[str, int]:
         import cupy
     except ImportError:
         raise MiniloraError(
-            f"device {device!r} needs CuPy, which is not installed: pip install 'minilora[cuda12]' or 'minilora[cuda13]'"
+            f"device {device!r} needs CuPy, not installed here: pip install 'minilora[cuda12]' or 'minilora[cuda13]'"
         ) from None
     try:
         count = cupy.cuda.runtime.getDeviceCount()
@@ -140,7 +142,8 @@ def synchronize(array: Array) -> None:
         array_module(array).cuda.get_current_stream().synchronize()
 
 
-# --- arithmetic that all of the engine shares --------------------------------------------------------------------------
+# --- arithmetic that all of the engine shares
+# --------------------------------------------------------------------------
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
@@ -149,7 +152,7 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 
 
 def add_at(target: Array, index: Array, values: Array) -> None:
-    """target[index] += values along the first axis, with repeated indices adding up (the transpose of target[index])."""
+    """target[index] += values along the first axis, repeated indices adding up (the transpose of target[index])."""
     xp = array_module(target)
     if xp is np:
         np.add.at(target, index, values)

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Model:
     """A pretrained model: a Hugging Face directory, a GGUF file, "smollm2", or a hub id.
 
-    dtype: "float32", "float64", "float16" or "bfloat16" to hold the weights in; None keeps what a directory stores (mapped from
-    the file, not copied) and gives float32 for GGUF. Raises MiniloraError for anything missing, truncated or unsupported.
+    dtype: "float32", "float64", "float16" or "bfloat16" to hold the weights in; None keeps what a directory stores
+    (mapped from the file, not copied) and gives float32 for GGUF. Raises MiniloraError for anything missing, truncated
+    or unsupported.
     """
     from .formats.checkpoint import find_model, open_checkpoint
 
@@ -43,10 +44,14 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
 
     def source(name: str, shape: tuple[int, ...]) -> Array:
         if name not in checkpoint.tensors:
-            raise MiniloraError(f"{checkpoint.path} has no tensor {name}, which its configuration calls for: is the file complete?")
+            raise MiniloraError(
+                f"{checkpoint.path} has no tensor {name}, which its configuration calls for: is the file complete?"
+            )
         entry = checkpoint.tensors[name]
         if tuple(entry.shape) != shape:
-            raise MiniloraError(f"{checkpoint.path}: {name} has shape {tuple(entry.shape)}, its configuration calls for {shape}")
+            raise MiniloraError(
+                f"{checkpoint.path}: {name} has shape {tuple(entry.shape)}, its configuration calls for {shape}"
+            )
         used.add(name)
         array = entry.array()
         array = array if wanted is None else cast(array, wanted)
@@ -54,16 +59,25 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
         return to_device(array, device)
 
     stored = {entry.dtype for entry in checkpoint.tensors.values()}
-    dtype_of_network = compute_dtype(wanted if wanted is not None else np.dtype("float64" if stored == {"float64"} else "float32"))
+    dtype_of_network = compute_dtype(
+        wanted if wanted is not None else np.dtype("float64" if stored == {"float64"} else "float32")
+    )
     network = family.network(config, Weights(source), dtype_of_network)
-    unused = sorted(name for name in checkpoint.tensors if name not in used and not family.network.ignores(name, config))
+    unused = sorted(
+        name for name in checkpoint.tensors if name not in used and not family.network.ignores(name, config)
+    )
     if unused:
-        raise MiniloraError(f"{checkpoint.path} has {len(unused)} tensors that a {config.model_type} model has no place for, first {unused[0]}")
+        raise MiniloraError(
+            f"{checkpoint.path} has {len(unused)} tensors that a {config.model_type} model has no place for, "
+            f"first {unused[0]}"
+        )
     return Model(network, checkpoint.tokenizer, generation_config=checkpoint.generation_config, source=str(path))
 
 
-def new_model(config: Mapping[str, Any], seed: int = 0, device: str = "cpu", dtype: str = "float32", std: float = 0.02) -> Model:
-    """A model with random weights (normal, standard deviation `std`; norms 1, biases 0) from a config.json's contents."""
+def new_model(
+    config: Mapping[str, Any], seed: int = 0, device: str = "cpu", dtype: str = "float32", std: float = 0.02
+) -> Model:
+    """A model with random weights (normal, deviation `std`; norms 1, biases 0) from a config.json's contents."""
     family = family_of(dict(config))
     random = np.random.default_rng(seed)
     held = dtype_of(dtype)
@@ -84,12 +98,17 @@ def new_model(config: Mapping[str, Any], seed: int = 0, device: str = "cpu", dty
 class Model:
     """A network with its tokenizer and its adapters.
 
-    network: the layers (models/). tokenizer: None where the checkpoint has none. source: what it was loaded from, as it was named.
+    network: the layers (models/). tokenizer: None where the checkpoint has none. source: what it was loaded from, as it
+    was named.
     checkpoint: set it to True to recompute each block in backward instead of keeping its activations.
     """
 
     def __init__(
-        self, network: CausalLM, tokenizer: Tokenizer | None, generation_config: dict[str, Any] | None = None, source: str = ""
+        self,
+        network: CausalLM,
+        tokenizer: Tokenizer | None,
+        generation_config: dict[str, Any] | None = None,
+        source: str = "",
     ) -> None:
         self.network, self.tokenizer, self.source = network, tokenizer, source
         self.generation_config = generation_config or {}
@@ -124,7 +143,9 @@ class Model:
         parse_device(device)
         for tensor in self._all_tensors():
             if isinstance(tensor.data, CompressedWeight):
-                raise MiniloraError("a model with compressed weights stays on the device that it was loaded to: load it there")
+                raise MiniloraError(
+                    "a model with compressed weights stays on the device that it was loaded to: load it there"
+                )
             tensor.data = to_device(tensor.data, device)
             tensor.grad = None
         return self
@@ -144,15 +165,22 @@ class Model:
         with no_grad():
             return self.network.logits(tokens, segments).data
 
-    def loss(self, tokens: Any, labels: Any = None, segments: Any = None, normaliser: float | Mapping[str, float] | None = None) -> Tensor:
-        """Σ cross-entropy of the label tokens / normaliser, a scalar Tensor; dropout is on where gradients are recorded.
+    def loss(
+        self,
+        tokens: Any,
+        labels: Any = None,
+        segments: Any = None,
+        normaliser: float | Mapping[str, float] | None = None,
+    ) -> Tensor:
+        """Σ cross-entropy of the label tokens / normaliser, a scalar Tensor; dropout is on where gradients are
+        recorded.
 
-        tokens, labels (B, T): labels default to the tokens, -100 is ignored, and they are shifted inside (position t predicts
-        label t + 1), as Hugging Face does. segments (B, T): 0 is padding; tokens attend within their segment only, positions
-        restart at its start, and its first token is predicted by nobody. normaliser: this batch's count of label tokens if
-        left out; accumulation passes the count over all micro-batches.
-        With set_adapter(rows=...) each adapter's sum is divided by its own count (normaliser: a dict by adapter name) and rows
-        of the bare base are left out. Raises MiniloraError for a batch without a label.
+        tokens, labels (B, T): labels default to the tokens, -100 is ignored, and they are shifted inside (position t
+        predicts label t + 1), as Hugging Face does. segments (B, T): 0 is padding; tokens attend within their segment
+        only, positions restart at its start, and its first token is predicted by nobody. normaliser: this batch's count
+        of label tokens if left out; accumulation passes the count over all micro-batches.
+        With set_adapter(rows=...) each adapter's sum is divided by its own count (normaliser: a dict by adapter name)
+        and rows of the bare base are left out. Raises MiniloraError for a batch without a label.
         """
         tokens, targets, segments = self._checked(tokens, labels, segments)
         weights = self._loss_weights(targets, normaliser)
@@ -179,30 +207,52 @@ class Model:
                 raise MiniloraError(f"set_adapter(rows=...) names {len(rows)} rows, and the batch has {len(targets)}")
             for name in dict.fromkeys(row for row in rows if row is not None):
                 mine = labelled & np.array([row == name for row in rows])[:, None]
-                total = mine.sum() if normaliser is None else normaliser[name] if isinstance(normaliser, Mapping) else normaliser
+                total = (
+                    mine.sum()
+                    if normaliser is None
+                    else normaliser[name]
+                    if isinstance(normaliser, Mapping)
+                    else normaliser
+                )
                 weights[mine] = 1 / total if total else 0
         if not weights.any():
-            raise MiniloraError("the batch has no label: every position is ignored (-100), so there is no loss to train on")
+            raise MiniloraError(
+                "the batch has no label: every position is ignored (-100), so there is no loss to train on"
+            )
         return weights
 
     def _checked(self, tokens: Any, labels: Any, segments: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """tokens, shifted targets and segments as (B, T) NumPy arrays; MiniloraError if they do not fit this model."""
         tokens = to_numpy(tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] == 0:
-            raise MiniloraError(f"tokens must be integers of shape (B, T), found {tokens.dtype} of shape {tokens.shape}")
+            raise MiniloraError(
+                f"tokens must be integers of shape (B, T), found {tokens.dtype} of shape {tokens.shape}"
+            )
         labels = tokens if labels is None else to_numpy(labels)
         segments = None if segments is None else to_numpy(segments)
         for name, array in (("labels", labels), ("segments", segments)):
             if array is not None and (array.shape != tokens.shape or array.dtype.kind not in "iu"):
-                raise MiniloraError(f"{name} must be integers of the tokens' shape {tokens.shape}, found {array.dtype} of shape {array.shape}")
+                raise MiniloraError(
+                    f"{name} must be integers of the tokens' shape {tokens.shape}, "
+                    f"found {array.dtype} of shape {array.shape}"
+                )
         if tokens.shape[1] > self.config.max_position_embeddings:
             raise MiniloraError(
-                f"the sequence has {tokens.shape[1]} tokens, over the model's context of {self.config.max_position_embeddings}: shorten it"
+                f"the sequence has {tokens.shape[1]} tokens, over the model's context of "
+                f"{self.config.max_position_embeddings}: shorten it"
             )
         targets = shifted_labels(labels.astype(np.int64), segments)
-        for name, low, high in (("token", tokens.min(initial=0), tokens.max(initial=0)), ("label", targets.min(initial=0), targets.max(initial=0))):
-            if high >= self.config.vocab_size or (low < 0 and not (name == "label" and (targets[targets < 0] == IGNORED).all())):
-                raise MiniloraError(f"{name} ids must lie in 0 … {self.config.vocab_size - 1}, found {low} … {high}: is the tokenizer another model's?")
+        for name, low, high in (
+            ("token", tokens.min(initial=0), tokens.max(initial=0)),
+            ("label", targets.min(initial=0), targets.max(initial=0)),
+        ):
+            if high >= self.config.vocab_size or (
+                low < 0 and not (name == "label" and (targets[targets < 0] == IGNORED).all())
+            ):
+                raise MiniloraError(
+                    f"{name} ids must lie in 0 … {self.config.vocab_size - 1}, found {low} … {high}: "
+                    "is the tokenizer another model's?"
+                )
         return tokens, targets, segments
 
     def _set_dropout(self, training: bool) -> None:
@@ -211,8 +261,13 @@ class Model:
         number = self._passes if training else None
         self._adapters.state.selection = Selection(selection.weights, selection.rows, number)
 
-    def generate(self, prompt: str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray, max_new_tokens: int = 128, **options: Any) -> Any:
-        """Continue a prompt: text or chat messages give text, token ids give a list of new ids. See `minilora.generate`."""
+    def generate(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray,
+        max_new_tokens: int = 128,
+        **options: Any,
+    ) -> Any:
+        """Continue a prompt: text or chat messages give text, ids give a list of new ids. See `minilora.generate`."""
         from .generate import generate
 
         return generate(self, prompt, max_new_tokens, **options)
@@ -226,14 +281,14 @@ class Model:
 
     @property
     def active_adapters(self) -> dict[str, float]:
-        """The selected adapters and their weights ({} for the bare base; with rows, each that a row uses has weight 1)."""
+        """The selected adapters and their weights ({} for the bare base; with rows, weight 1 for each in use)."""
         selection = self._adapters.selection
         if selection.rows is not None:
             return {name: 1.0 for name in dict.fromkeys(selection.rows) if name is not None}
         return dict(selection.weights)
 
     def add_adapter(self, name: str, config: LoraConfig | None = None, seed: int = 0) -> None:
-        """Add a new adapter and select it. With B = 0 at the start the model's outputs stay exactly those of the base."""
+        """Add a new adapter and select it. With B = 0 at the start the outputs stay exactly those of the base."""
         self._must_not_be_merged("add an adapter")
         self._adapters.add(name, config or LoraConfig(), seed)
         self._adapters.select(name)
@@ -263,8 +318,10 @@ class Model:
             fan_in_fan_out=any(self._adapters.linears[layer].conv1d for layer in layers),
         )
 
-    def set_adapter(self, which: str | Mapping[str, float] | None = None, rows: Sequence[str | None] | None = None) -> None:
-        """Select one adapter by name, a weighted sum of several (name -> weight, exact), none (None), or one per row of the batch."""
+    def set_adapter(
+        self, which: str | Mapping[str, float] | None = None, rows: Sequence[str | None] | None = None
+    ) -> None:
+        """Select one adapter by name, an exact weighted sum (name -> weight), none (None), or one per row."""
         if which is not None or rows is not None:
             self._must_not_be_merged("select an adapter")
         self._adapters.select(which, rows)
@@ -278,7 +335,7 @@ class Model:
         return self._adapters.parameters(name)
 
     def merge_adapter(self, which: str | Mapping[str, float]) -> None:
-        """Put the adapter's ΔW (or a weighted sum of several) into the base's weights; no adapter is selected afterwards."""
+        """Put the adapter's ΔW (or a weighted sum of several) into the base's weights; then no adapter is selected."""
         weights = {which: 1.0} if isinstance(which, str) else dict(which)
         for name in weights:
             self._adapters.check(name)
@@ -296,7 +353,8 @@ class Model:
     # --- the base's own parameters ----------------------------------------------------------------------------------
 
     def unfreeze(self, pattern: str | Sequence[str]) -> list[str]:
-        """Train the base parameters that `pattern` matches (a list by suffix, a string by full regular expression); their names.
+        """Train the base parameters that `pattern` matches (a list by suffix, a string by full regular expression);
+        their names.
 
         They become writable copies in the network's dtype. A pattern without a match is a MiniloraError.
         """
@@ -312,13 +370,16 @@ class Model:
         for name in chosen:
             parameter = names[name]
             if isinstance(parameter.data, CompressedWeight):
-                raise MiniloraError(f"{name} is stored compressed and cannot be trained: load the model with dtype='float32'")
+                raise MiniloraError(
+                    f"{name} is stored compressed and cannot be trained: load the model with dtype='float32'"
+                )
             parameter.data = cast(parameter.data, self.dtype).copy()
             parameter.requires_grad = True
         return chosen
 
     def parameters(self) -> dict[str, Tensor]:
-        """Everything that training would change now: unfrozen base parameters by name, the selected adapters' by PEFT key.
+        """Everything that training would change now: unfrozen base parameters by name, the selected adapters' by PEFT
+        key.
 
         With several adapters selected their keys carry the adapter's name before the last part, as in PEFT's memory.
         """
@@ -332,7 +393,7 @@ class Model:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write the base, merged or not, as a Hugging Face directory with its tokenizer; adapters are saved by save_adapter."""
+        """Write the base, merged or not, as a Hugging Face directory with its tokenizer (adapters: save_adapter)."""
         from .formats.checkpoint import save_checkpoint
 
         tensors: dict[str, np.ndarray] = {}

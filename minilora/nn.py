@@ -1,7 +1,8 @@
 """Layers: a Module knows its parameters by name; Linear also has the slot that adapters are put into.
 
-Names are those of the checkpoint (Hugging Face), because they are the attribute names: `model.layers.0.self_attn.q_proj`.
-An adapter changes no name and wraps nothing: it sits in the `adapter` slot of the Linear that it adapts.
+Names are those of the checkpoint (Hugging Face), because they are the attribute names:
+`model.layers.0.self_attn.q_proj`. An adapter changes no name and wraps nothing: it sits in the `adapter` slot of the
+Linear that it adapts.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Module:
 class AdapterState:
     """Which adapters a network's slots apply now: one object that all slots share, so that switching touches no layer.
 
-    `selection` is replaced whole, never changed, so a checkpointed block can be run again under the one it was run with.
+    `selection` is replaced whole, never changed, so a checkpointed block can be run again under the one it was run
+    with.
     """
 
     def __init__(self) -> None:
@@ -68,7 +70,8 @@ class AdapterState:
 
 
 class Weights:
-    """Where a network's parameters come from while it is built: `take(name, *shape)` gives the named one as a frozen Tensor.
+    """Where a network's parameters come from while it is built: `take(name, *shape)` gives the named one as a frozen
+    Tensor.
 
     source(full name, shape) returns the array, or raises MiniloraError. `at(part)` is the same with a longer prefix.
     """
@@ -86,7 +89,8 @@ class Weights:
 class Linear(Module):
     """y = x Wᵀ + b with W (out, in), plus what the adapters in the slot add.
 
-    conv1d: the checkpoint holds W transposed, (in, out), as GPT-2's does; here W is a view of it, so (out, in) all the same.
+    conv1d: the checkpoint holds W transposed, (in, out), as GPT-2's does; here W is a view of it, so (out, in) all the
+    same.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, conv1d: bool = False) -> None:
@@ -94,7 +98,9 @@ class Linear(Module):
         self.adapter: Any = None  # lora.layer.AdapterSlot: called with this layer and x
 
     @classmethod
-    def load(cls, weights: Weights, out_features: int, in_features: int, bias: bool = False, conv1d: bool = False) -> Linear:
+    def load(
+        cls, weights: Weights, out_features: int, in_features: int, bias: bool = False, conv1d: bool = False
+    ) -> Linear:
         """The layer whose parameters `weights` holds as "weight" and, with bias, "bias"."""
         if conv1d:
             weight = Tensor(weights.take("weight", in_features, out_features).data.T)

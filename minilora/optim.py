@@ -21,13 +21,14 @@ def named(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tens
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2), as torch.optim.AdamW.
+    """Adam with decoupled weight decay (Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2), as
+    torch.optim.AdamW.
 
     With g the gradient and t the parameter's own step count:
         w ← w (1 − lr λ);  m ← β₁ m + (1 − β₁) g;  v ← β₂ v + (1 − β₂) g²
         w ← w − lr · m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + ε)
-    parameters: a dict or an iterable of Tensors. A Tensor without a gradient is left alone, its step count too. m and v are made
-    at a Tensor's first step, with its dtype and on its device.
+    parameters: a dict or an iterable of Tensors. A Tensor without a gradient is left alone, its step count too. m and v
+    are made at a Tensor's first step, with its dtype and on its device.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class AdamW:
     ) -> None:
         self.parameters = {name: parameter for name, parameter in named(parameters).items() if parameter.requires_grad}
         if not self.parameters:
-            raise MiniloraError("the optimiser was given no trained parameter: add an adapter, or unfreeze something first")
+            raise MiniloraError(
+                "the optimiser was given no trained parameter: add an adapter, or unfreeze something first"
+            )
         if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise MiniloraError(
                 f"optimiser settings lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} are outside "
@@ -90,7 +93,9 @@ class AdamW:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from `state()`; MiniloraError if it is of other parameters."""
         if set(state["steps"]) != set(self.parameters):
-            raise MiniloraError("the optimiser state is of other parameters than this adapter's: resume with the same configuration")
+            raise MiniloraError(
+                "the optimiser state is of other parameters than this adapter's: resume with the same configuration"
+            )
         self.steps = dict(state["steps"])
         self.moments = {}
         for name, (m, v) in state["moments"].items():
@@ -130,7 +135,7 @@ def global_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> Array:
 
 
 def clip_grad_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor], max_norm: float) -> Array:
-    """Scale all gradients by min(1, max_norm / norm), with norm their global norm before, which is returned (Pascanu et al. 2013)."""
+    """Scale all gradients by min(1, max_norm / norm) and return norm, theirs before (Pascanu et al. 2013)."""
     parameters = named(parameters)
     norm = global_norm(parameters)
     factor = array_module(norm).minimum(1.0, max_norm / (norm + 1e-6))
@@ -146,13 +151,15 @@ SCHEDULES = ("constant", "linear", "cosine")
 def schedule(kind: str, steps: int, warmup: int = 0, floor: float = 0.0) -> Callable[[int], float]:
     """The factor on the learning rate at step 0, 1, … `steps` − 1: a linear rise over `warmup` steps, then `kind`.
 
-    "constant" stays at 1; "linear" and "cosine" fall to `floor` at the end (cosine: Loshchilov & Hutter 2017, equation 5,
+    "constant" stays at 1; "linear" and "cosine" fall to `floor` at the end (cosine: Loshchilov & Hutter 2017, eq. 5,
     without restarts). The first step of a warm-up has 1 / (warmup + 1), not zero.
     """
     if kind not in SCHEDULES:
         raise MiniloraError(f"schedule is {kind!r}, expected one of {', '.join(SCHEDULES)}")
     if warmup < 0 or steps < 0 or not 0 <= floor <= 1:
-        raise MiniloraError(f"a schedule needs steps ≥ 0, warmup ≥ 0 and floor in [0, 1], found {steps}, {warmup}, {floor}")
+        raise MiniloraError(
+            f"a schedule needs steps ≥ 0, warmup ≥ 0 and floor in [0, 1], found {steps}, {warmup}, {floor}"
+        )
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -1,6 +1,7 @@
 """How one training step is executed: forward and backward over the micro-batches, clipping, the optimiser's update.
 
-The model, the ops and the optimiser know nothing of it, and however a step runs it gives the same gradients to rounding.
+The model, the ops and the optimiser know nothing of it, and however a step runs it gives the same gradients to
+rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .optim import AdamW, clip_grad_norm, global_norm
 
 
 class MicroBatch(NamedTuple):
-    """What one forward and backward pass sees: tokens (B, T), labels (B, T) or None for the tokens, segments (B, T) or None."""
+    """What one pass sees: tokens (B, T), labels (B, T) or None for the tokens, segments (B, T) or None."""
 
     tokens: np.ndarray
     labels: np.ndarray | None = None
@@ -26,28 +27,36 @@ class MicroBatch(NamedTuple):
 class TrainStep:
     """One optimiser step on a model: `step(tokens, labels)` is zero_grad, loss, backward, clip and opt.step in one.
 
-    The result is the loss as a 0-d array on the model's device: `float(loss)` reads it back, and until then nothing waits.
-    max_grad_norm: clip the gradients' global norm to it (None: no clipping). grad_norm: the norm before clipping, after a step.
+    The result is the loss as a 0-d array on the model's device: `float(loss)` reads it back, and until then nothing
+    waits.
+    max_grad_norm: clip the gradients' global norm to it (None: no clipping). grad_norm: the norm before clipping, after
+    a step.
     """
 
     def __init__(self, model: Any, optimiser: AdamW, max_grad_norm: float | None = None) -> None:
         self.model, self.optimiser, self.max_grad_norm = model, optimiser, max_grad_norm
         self.grad_norm: Array | None = None
 
-    def __call__(self, tokens: np.ndarray, labels: np.ndarray | None = None, segments: np.ndarray | None = None) -> Array:
+    def __call__(
+        self, tokens: np.ndarray, labels: np.ndarray | None = None, segments: np.ndarray | None = None
+    ) -> Array:
         loss = self.gradients([MicroBatch(tokens, labels, segments)])
         self.update()
         return loss
 
     def gradients(self, batches: Iterable[MicroBatch | Sequence[Any]]) -> Array:
-        """Set `.grad` to the gradient of the mean loss over all label tokens of all micro-batches, and return that loss.
+        """Set `.grad` to the gradient of the mean loss over all label tokens of all micro-batches, and return that
+        loss.
 
-        Each micro-batch's sum is divided by the total count of label tokens: a mean of means would weigh tokens unequally.
+        Each micro-batch's sum is divided by the total count of label tokens: a mean of means would weigh tokens
+        unequally.
         """
         batches = [MicroBatch(*batch) for batch in batches]
         total = sum(self.model.label_count(*batch) for batch in batches)
         if total == 0:
-            raise MiniloraError("the batch has no label: every position is ignored (-100), so there is no loss to train on")
+            raise MiniloraError(
+                "the batch has no label: every position is ignored (-100), so there is no loss to train on"
+            )
         self.optimiser.zero_grad()
         loss: Array | None = None
         for batch in batches:

@@ -8,12 +8,12 @@ A *primitive* is a function on arrays that returns its value and its vjp (vector
             return dy * b, dy * a       # ∂L/∂a, ∂L/∂b
         return a * b, vjp
 
-Called with Tensors, it records one node on the tape: the vjp, and where its results go. Nothing is recorded when no input
-needs a gradient, so a frozen network costs no memory; and a vjp's closure holds exactly the arrays that backward needs.
-Backward visits nodes in the reverse of the order they were made in, and frees each as soon as it was used.
+Called with Tensors, it records one node on the tape: the vjp, and where its results go. Nothing is recorded when no
+input needs a gradient, so a frozen network costs no memory; and a vjp's closure holds exactly the arrays that backward
+needs. Backward visits nodes in the reverse of the order they were made in, and frees each as soon as it was used.
 
-References: Baydin et al. 2018, "Automatic differentiation in machine learning: a survey"; micrograd and HIPS autograd for
-the form; Chen et al. 2016, "Training deep nets with sublinear memory cost", for `checkpoint`.
+References: Baydin et al. 2018, "Automatic differentiation in machine learning: a survey"; micrograd and HIPS autograd
+for the form; Chen et al. 2016, "Training deep nets with sublinear memory cost", for `checkpoint`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class Node:
 class Tensor:
     """An array that gradients can flow to.
 
-    data: the NumPy or CuPy array. grad: ∂L/∂data with the same shape and dtype after `backward()`, on leaves (Tensors made
-    by hand) with requires_grad=True; further backward passes add to it. Results of primitives carry a node instead.
+    data: the NumPy or CuPy array. grad: ∂L/∂data with the same shape and dtype after `backward()`, on leaves (Tensors
+    made by hand) with requires_grad=True; further backward passes add to it. Results of primitives carry a node
+    instead.
     """
 
     __slots__ = ("data", "grad", "source", "trained")
@@ -64,7 +65,9 @@ class Tensor:
         self.trained = requires_grad
         self.source: tuple[Node, int] | None = None  # the node that made it, and which of its outputs it is
         if requires_grad and self.data.dtype.kind != "f":
-            raise TypeError(f"a Tensor of dtype {self.data.dtype} cannot require a gradient: convert it to a float dtype")
+            raise TypeError(
+                f"a Tensor of dtype {self.data.dtype} cannot require a gradient: convert it to a float dtype"
+            )
 
     @property
     def requires_grad(self) -> bool:
@@ -74,7 +77,9 @@ class Tensor:
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
         if self.source is not None:
-            raise ValueError("requires_grad is set on leaves only: this Tensor is the result of a primitive; use detach()")
+            raise ValueError(
+                "requires_grad is set on leaves only: this Tensor is the result of a primitive; use detach()"
+            )
         self.trained = value
 
     @property
@@ -126,7 +131,9 @@ class Tensor:
         """
         if grad is None:
             if self.size != 1:
-                raise ValueError(f"backward() without a gradient needs a scalar, found shape {self.shape}: sum it first")
+                raise ValueError(
+                    f"backward() without a gradient needs a scalar, found shape {self.shape}: sum it first"
+                )
             grad = array_module(self.data).ones_like(self.data)
         backward([self], [grad])
 
@@ -149,7 +156,7 @@ class Tensor:
         def reshape(self, *shape: Any) -> Tensor: ...
         def transpose(self, *axes: int) -> Tensor: ...
         @property
-        def T(self) -> Tensor: ...  # noqa: N802 (NumPy's name)
+        def T(self) -> Tensor: ...
 
 
 def backward(outputs: Sequence[Tensor], grads: Sequence[Array | None]) -> None:
@@ -177,7 +184,9 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Array | None]) -> None:
     while heap:
         _, node = heapq.heappop(heap)
         if node.vjp is None:
-            raise RuntimeError(f"backward() reached {node.name} a second time, and its graph is freed: run the forward pass again")
+            raise RuntimeError(
+                f"backward() reached {node.name} a second time, and its graph is freed: run the forward pass again"
+            )
         arriving = tuple(
             xp.zeros(shape, dtype) if grad is None else grad
             for grad, (shape, dtype, xp) in zip(node.pending, node.outputs, strict=True)
@@ -218,9 +227,10 @@ class Primitive:
     """A differentiable function: its definition in ops/, and the kernels that may stand in for it.
 
     The definition takes arrays and returns (value, vjp); value may be a tuple of arrays. It is called with as many
-    positional arguments as it has inputs (Tensors, arrays, numbers or None); options are keywords. vjp takes the gradient of
-    each output and returns one gradient, or None, per positional argument. A definition with a keyword `needs` is told
-    which of its positional arguments need a gradient, so that its closure holds, and its vjp computes, nothing else.
+    positional arguments as it has inputs (Tensors, arrays, numbers or None); options are keywords. vjp takes the
+    gradient of each output and returns one gradient, or None, per positional argument. A definition with a keyword
+    `needs` is told which of its positional arguments need a gradient, so that its closure holds, and its vjp computes,
+    nothing else.
     """
 
     def __init__(self, definition: Callable) -> None:
@@ -231,7 +241,9 @@ class Primitive:
         self.__name__, self.__doc__, self.__module__ = self.name, definition.__doc__, definition.__module__
         self.__wrapped__ = definition
 
-    def kernel(self, device: str, applies: Callable[..., bool] = lambda *args, **kwargs: True) -> Callable[[Callable], Callable]:
+    def kernel(
+        self, device: str, applies: Callable[..., bool] = lambda *args, **kwargs: True
+    ) -> Callable[[Callable], Callable]:
         """Register a faster function for `device` ("cpu" or "cuda") where `applies(*arrays, **options)` holds."""
 
         def register(function: Callable) -> Callable:
@@ -241,7 +253,7 @@ class Primitive:
         return register
 
     def implementation(self, arrays: Sequence[Any], options: dict[str, Any]) -> Callable:
-        """The function that a call with these arrays runs: the last registered kernel that applies, or the definition."""
+        """The function that a call with these arrays runs: the last kernel that applies, or the definition."""
         if self.kernels and _kernels_enabled:
             device = "cpu" if array_module(*arrays) is np else "cuda"
             for kernel in reversed(self.kernels):
@@ -258,7 +270,9 @@ class Primitive:
         record = any(needs)
         for observer in _observers:
             observer(self.name, outputs, record)
-        results = _record(self.name, outputs, vjp, inputs, needs) if record else tuple(Tensor(array) for array in outputs)
+        results = (
+            _record(self.name, outputs, vjp, inputs, needs) if record else tuple(Tensor(array) for array in outputs)
+        )
         return results if isinstance(values, tuple) else results[0]
 
 
@@ -271,7 +285,9 @@ def primitive(definition: Callable) -> Primitive:
     return result
 
 
-def _record(name: str, outputs: tuple[Array, ...], vjp: Callable, inputs: Iterable[Any], needs: Iterable[bool]) -> tuple[Tensor, ...]:
+def _record(
+    name: str, outputs: tuple[Array, ...], vjp: Callable, inputs: Iterable[Any], needs: Iterable[bool]
+) -> tuple[Tensor, ...]:
     destinations = tuple((value.source or value) if need else None for value, need in zip(inputs, needs, strict=True))
     node = Node(name, vjp, destinations, outputs)
     results = tuple(Tensor(array) for array in outputs)
@@ -326,8 +342,8 @@ def observe(observer: Callable[[str, tuple[Array, ...], bool], None]) -> Iterato
 def checkpoint(function: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[Tensor] = ()) -> Tensor:
     """function(*inputs), keeping only the inputs: backward runs the function again to have its activations.
 
-    `parameters` are the trained Tensors that the function uses besides its inputs; their gradients are added on the way.
-    The function must give the same result when it is run again (Chen et al. 2016).
+    `parameters` are the trained Tensors that the function uses besides its inputs; their gradients are added on the
+    way. The function must give the same result when it is run again (Chen et al. 2016).
     """
     needs = tuple(value.requires_grad for value in inputs)
     if not _recording or not (any(needs) or any(parameter.requires_grad for parameter in parameters)):

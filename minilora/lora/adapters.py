@@ -35,7 +35,11 @@ class Adapters:
     def slots(self, name: str) -> dict[str, AdapterSlot]:
         """The slots that hold adapter `name`, by module name."""
         self.check(name)
-        return {path: linear.adapter for path, linear in self.linears.items() if linear.adapter and name in linear.adapter.layers}
+        return {
+            path: linear.adapter
+            for path, linear in self.linears.items()
+            if linear.adapter and name in linear.adapter.layers
+        }
 
     def layers(self, name: str) -> dict[str, LoraLayer]:
         """Adapter `name`'s layers by module name."""
@@ -45,12 +49,22 @@ class Adapters:
         """MiniloraError if there is no adapter of this name."""
         if name not in self.configs:
             have = ", ".join(map(repr, self.configs)) or "none"
-            raise MiniloraError(f"there is no adapter {name!r}; the model has {have}: add_adapter or load_adapter brings one")
+            raise MiniloraError(
+                f"there is no adapter {name!r}; the model has {have}: add_adapter or load_adapter brings one"
+            )
 
-    def add(self, name: str, config: LoraConfig, seed: int = 0, values: Mapping[str, np.ndarray] | None = None, trainable: bool = True) -> None:
+    def add(
+        self,
+        name: str,
+        config: LoraConfig,
+        seed: int = 0,
+        values: Mapping[str, np.ndarray] | None = None,
+        trainable: bool = True,
+    ) -> None:
         """Put a new adapter into the slots of the layers that `config` targets.
 
-        values: PEFT key -> array to use instead of a random start; they must fit one to one. Nothing changes on an error.
+        values: PEFT key -> array to use instead of a random start; they must fit one to one. Nothing changes on an
+        error.
         """
         if not name or "." in name:
             raise MiniloraError(f"an adapter's name is a word without dots, found {name!r}")
@@ -72,13 +86,18 @@ class Adapters:
                 matrices = tuple(  # type: ignore[assignment]
                     _fitting(values, key, start.shape, dtype) for key, start in zip(keys, matrices, strict=True)
                 )
-            on_device = [Tensor(to_device(matrix, linear.weight.device), requires_grad=trainable) for matrix in matrices]
+            on_device = [
+                Tensor(to_device(matrix, linear.weight.device), requires_grad=trainable) for matrix in matrices
+            ]
             layers[path] = LoraLayer(*on_device, scale=config.scale(rank, alpha), dropout=config.dropout)
         if values is not None:
             known = {f"{PEFT_PREFIX}{path}.{part}" for path, layer in layers.items() for part in layer.parameters()}
             extra = sorted(set(values) - known)
             if extra:
-                raise MiniloraError(f"the adapter has {len(extra)} tensors that fit no layer of this model, the first is {extra[0]}: is it another model's?")
+                raise MiniloraError(
+                    f"the adapter has {len(extra)} tensors that fit no layer of this model, first {extra[0]}: "
+                    "is it another model's?"
+                )
         numbers = {path: number for number, path in enumerate(self.linears)}
         for path, layer in layers.items():
             linear = self.linears[path]
@@ -99,7 +118,7 @@ class Adapters:
             self.state.selection = Selection()
 
     def select(self, which: str | Mapping[str, float] | None = None, rows: Sequence[str | None] | None = None) -> None:
-        """Apply one adapter (its name), a weighted sum of several (name -> weight), none, or one per row of the batch."""
+        """Apply one adapter by name, a weighted sum of several (name -> weight), none, or one per row of the batch."""
         if rows is not None:
             if which is not None:
                 raise MiniloraError("set_adapter takes either an adapter (or weights) or rows=[...], found both")
@@ -128,5 +147,7 @@ def _fitting(values: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...],
     if key not in values:
         raise MiniloraError(f"the adapter has no tensor {key}, which its configuration calls for")
     if values[key].shape != shape:
-        raise MiniloraError(f"the adapter's {key} has shape {values[key].shape}, expected {shape}: is it another model's?")
+        raise MiniloraError(
+            f"the adapter's {key} has shape {values[key].shape}, expected {shape}: is it another model's?"
+        )
     return np.array(values[key], dtype)  # a copy: training writes into it

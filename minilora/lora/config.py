@@ -21,7 +21,8 @@ class LoraConfig:
     target_modules: a list matches module names by suffix, a string is a regular expression for the full name, and
         "all-linear" is every linear layer but the head. `exclude_modules` is matched the same way and wins.
     rank_pattern, alpha_pattern: {pattern: value} overriding r and alpha for the modules that a pattern matches.
-    init: "kaiming" (PEFT's default: A uniform in ±1/sqrt(in), B zero), "gaussian" (A normal with standard deviation 1/r,
+    init: "kaiming" (PEFT's default: A uniform in ±1/sqrt(in), B zero), "gaussian" (A normal with standard deviation
+    1/r,
         B zero), or "zeros" (both zero; only for adapters whose values are loaded afterwards).
 
     Raises MiniloraError for values outside these ranges.
@@ -42,10 +43,16 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] | list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name, rank in [("r", self.r), *((f"rank_pattern[{key!r}]", value) for key, value in self.rank_pattern.items())]:
+        for name, rank in [
+            ("r", self.r),
+            *((f"rank_pattern[{key!r}]", value) for key, value in self.rank_pattern.items()),
+        ]:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise MiniloraError(f"LoraConfig.{name} is {rank!r}, expected a whole number of at least 1, e.g. 8")
-        for name, alpha in [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
+        for name, alpha in [
+            ("alpha", self.alpha),
+            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
+        ]:
             if not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise MiniloraError(f"LoraConfig.{name} is {alpha!r}, expected a finite number, e.g. 16")
         if not 0.0 <= self.dropout < 1.0:

@@ -22,7 +22,8 @@ from .config import LoraConfig
 class Selection:
     """Which adapters apply: a weighted sum of some (most often one with weight 1), or one per row of the batch.
 
-    weights: (name, weight) pairs; empty: the bare base. rows: an adapter's name or None for each row, instead of weights.
+    weights: (name, weight) pairs; empty: the bare base. rows: an adapter's name or None for each row, instead of
+    weights.
     dropout_pass: the number that this pass's dropout masks are drawn from; None: no dropout (evaluation).
     """
 
@@ -34,7 +35,7 @@ class Selection:
 class LoraLayer:
     """ΔW = scale · B A for one layer: A (r, in), B (out, r)."""
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float = 0.0) -> None:  # noqa: N803
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float = 0.0) -> None:
         self.lora_A, self.lora_B, self.scale, self.dropout = lora_A, lora_B, scale, dropout
 
     @property
@@ -55,7 +56,7 @@ def initial_matrices(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A (r, in) and B (out, r) before training, on the host: B is zero, so that the model starts as exactly the base.
 
-    "kaiming": A uniform in ±1/√in, as PEFT's default (kaiming_uniform with a = √5, He et al. 2015); "gaussian": A normal with
+    "kaiming": A uniform in ±1/√in, PEFT's default (kaiming_uniform, a = √5; He et al. 2015); "gaussian": A normal with
     standard deviation 1/r (Hu et al. 2021, section 4.1, with PEFT's scale).
     """
     if config.init == "kaiming":

@@ -1,4 +1,4 @@
-"""Merging: W' = W + Σ weight · s · B A in float32 (float64 for a float64 base), rounded once; and back to the very same W."""
+"""Merging: W' = W + Σ weight · s · B A in float32 (float64 for a float64 base), rounded once; and back to W itself."""
 
 from __future__ import annotations
 
@@ -31,12 +31,16 @@ class Merge:
         merged: dict[str, Tensor] = {}
         for path, linear in adapters.linears.items():
             layers = [
-                (linear.adapter.layers[name], weight) for name, weight in weights.items() if linear.adapter and name in linear.adapter.layers
+                (linear.adapter.layers[name], weight)
+                for name, weight in weights.items()
+                if linear.adapter and name in linear.adapter.layers
             ]
             if not layers:
                 continue
             if isinstance(linear.weight.data, CompressedWeight):
-                raise MiniloraError(f"{path}.weight is stored compressed: load the model with dtype='float32' to merge into it")
+                raise MiniloraError(
+                    f"{path}.weight is stored compressed: load the model with dtype='float32' to merge into it"
+                )
             base: Array = linear.weight.data
             wide = compute_dtype(base.dtype)
             total = cast(base, wide)
@@ -45,7 +49,9 @@ class Merge:
             result = cast(total, base.dtype)
             xp = array_module(result)
             if not bool(xp.isfinite(cast(result, wide)).all()):
-                raise MiniloraError(f"merging would put a non-finite value into {path}.weight ({base.dtype}): nothing was merged")
+                raise MiniloraError(
+                    f"merging would put a non-finite value into {path}.weight ({base.dtype}): nothing was merged"
+                )
             merged[path] = Tensor(result)
         for path, weight_tensor in merged.items():
             linear = adapters.linears[path]

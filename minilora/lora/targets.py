@@ -14,12 +14,12 @@ HEAD = "lm_head"  # the one linear layer that "all-linear" leaves out
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a list's entry names this module: it is the name or its end after a dot ("q_proj" or "self_attn.q_proj")."""
+    """Whether a list's entry names this module: it is the name, or its end after a dot ("self_attn.q_proj")."""
     return name == pattern or name.endswith(f".{pattern}")
 
 
 def _selected(names: Sequence[str], patterns: str | Iterable[str], field: str) -> set[str]:
-    """The names that a list (by suffix) or a string (a regular expression for the whole name) selects; each must match one."""
+    """The names that a list (by suffix) or a string (a regular expression for all of it) selects; none is idle."""
     if isinstance(patterns, str):
         found = {name for name in names if _fullmatch(patterns, name, field)}
         if not found:
@@ -49,14 +49,15 @@ def _examples(names: Sequence[str], pattern: str) -> str:
 
 
 def layer_number(name: str) -> int | None:
-    """The block that a module belongs to: the first number among its name's parts ("model.layers.3.mlp.up_proj" -> 3)."""
+    """The block that a module belongs to: the first number in its name ("model.layers.3.mlp.up_proj" -> 3)."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def target_names(names: Sequence[str], config: LoraConfig) -> list[str]:
     """The modules, among a model's linear layers in order, that `config` adapts.
 
-    Raises MiniloraError if a pattern of target_modules, exclude_modules or layers_to_transform matches nothing, or nothing is left.
+    Raises MiniloraError if a pattern of target_modules, exclude_modules or layers_to_transform matches nothing, or
+    nothing is left.
     """
     if config.target_modules == ALL_LINEAR:
         chosen = {name for name in names if not matches(name, HEAD)}
@@ -70,15 +71,19 @@ def target_names(names: Sequence[str], config: LoraConfig) -> list[str]:
         if missing:
             have = sorted({number for name in names if (number := layer_number(name)) is not None})
             span = f"{have[0]} to {have[-1]}" if have else "none"
-            raise MiniloraError(f"layers_to_transform has {min(missing)}, which no targeted layer is in (layers: {span})")
+            raise MiniloraError(
+                f"layers_to_transform has {min(missing)}, which no targeted layer is in (layers: {span})"
+            )
         chosen = {name for name in chosen if layer_number(name) in wanted}
     if not chosen:
-        raise MiniloraError(f"no linear layer is left to adapt: target_modules {config.target_modules!r} less the exclusions is empty")
+        raise MiniloraError(
+            f"no linear layer is left to adapt: target_modules {config.target_modules!r} less the exclusions is empty"
+        )
     return [name for name in names if name in chosen]
 
 
 def pattern_value(name: str, patterns: dict, default):
-    """The value of the first key that matches this module, as PEFT reads rank_pattern: (anything.)key, key a regular expression."""
+    """The value of the first key, a regular expression for the end of the name, that matches (PEFT's rank_pattern)."""
     for pattern, value in patterns.items():
         if re.match(rf"^(.*\.)?({pattern})$", name):
             return value

@@ -33,7 +33,7 @@ def segment_positions(segments: np.ndarray) -> np.ndarray:
 
 
 def shifted_labels(labels: np.ndarray, segments: np.ndarray | None) -> np.ndarray:
-    """What each position has to predict: the next position's label, IGNORED at the end and where a segment ends. (B, T)."""
+    """What each position has to predict, (B, T): the next one's label, IGNORED at the end and where a segment ends."""
     targets = np.full_like(labels, IGNORED)
     targets[:, :-1] = labels[:, 1:]
     if segments is not None:
@@ -69,13 +69,15 @@ class CausalLM(Module):
 
     @classmethod
     def ignores(cls, name: str, config: ModelConfig) -> bool:
-        """Whether a checkpoint's tensor of this name has no place here and needs none: a tied head, a buffer of constants."""
+        """Whether a checkpoint's tensor of this name needs no place here: a tied head, a buffer of constants."""
         return name == "lm_head.weight" and config.tie_word_embeddings
 
     @property
     def head_is_tied(self) -> bool:
         """Whether the head's matrix is the embedding's (merging an adapter of the head unties them)."""
-        return all(self.lm_head.weight is not weight for name, weight in self.named_parameters() if name == "lm_head.weight")
+        return all(
+            self.lm_head.weight is not weight for name, weight in self.named_parameters() if name == "lm_head.weight"
+        )
 
     @property
     def device(self) -> str:
@@ -84,8 +86,8 @@ class CausalLM(Module):
     def hidden(self, tokens: np.ndarray, segments: np.ndarray | None = None, cache: KVCache | None = None) -> Tensor:
         """The last block's output, before the final norm: (B, T) NumPy tokens -> (B, T, D).
 
-        segments (B, T): tokens attend within their own number only, and positions restart at its start. With a cache the
-        tokens continue the positions that it holds.
+        segments (B, T): tokens attend within their own number only, and positions restart at its start. With a cache
+        the tokens continue the positions that it holds.
         """
         device = self.device
         if segments is not None:
@@ -119,12 +121,16 @@ class CausalLM(Module):
         finally:
             self.adapter_state.selection = now
 
-    def logits(self, tokens: np.ndarray, segments: np.ndarray | None = None, cache: KVCache | None = None, last: bool = False) -> Tensor:
+    def logits(
+        self, tokens: np.ndarray, segments: np.ndarray | None = None, cache: KVCache | None = None, last: bool = False
+    ) -> Tensor:
         """(B, T) tokens -> (B, T, V), or (B, 1, V) for the last position only."""
         x = self.hidden(tokens, segments, cache)
         return self.lm_head(self.final_norm(x[:, -1:] if last else x))
 
-    def loss_sum(self, tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray, segments: np.ndarray | None = None) -> Tensor:
+    def loss_sum(
+        self, tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray, segments: np.ndarray | None = None
+    ) -> Tensor:
         """Σ weight · cross-entropy over the positions whose target is not IGNORED; targets and weights (B, T).
 
         The final norm and the head run on those M positions only, the head in chunks: no (M, V) array is held.
@@ -142,7 +148,7 @@ class CausalLM(Module):
         return self._loss_through_head(x, labels, weight)
 
     def _loss_through_head(self, x: Tensor, labels: Array, weights: Array) -> Tensor:
-        """The same sum for a head that is more than one matrix (an adapter, a bias): chunks of its logits, made again in backward."""
+        """The same sum for a head with an adapter or a bias: chunks of its logits, made again in backward."""
         chunk = max(1, ops.loss.CHUNK_ENTRIES // self.lm_head.out_features)
         total: Tensor | float = 0.0
         for start in range(0, len(x), chunk):

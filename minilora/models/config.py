@@ -1,4 +1,4 @@
-"""`ModelConfig`: a network's sizes, read from Hugging Face's config.json. What it asks for and cannot be had is an error."""
+"""`ModelConfig`: a network's sizes, read from Hugging Face's config.json. What is not supported is an error."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ConfigReader:
         found = self.raw.get(name)
         if found is not None and found not in allowed:
             raise MiniloraError(
-                f"config.json has {name} = {found!r}, which is not supported (supported: {', '.join(map(repr, allowed))})"
+                f"config.json has {name} = {found!r}, not supported (supported: {', '.join(map(repr, allowed))})"
             )
 
     def rope(self) -> tuple[float, dict[str, Any] | None]:
@@ -84,7 +84,8 @@ def decoder_config(raw: dict[str, Any], **changes: Any) -> ModelConfig:
     kv_heads = read.size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise MiniloraError(
-            f"config.json has {heads} attention heads and {kv_heads} key-value heads: the first must be a multiple of the second"
+            f"config.json has {heads} attention heads and {kv_heads} key-value heads: "
+            "the first must be a multiple of the second"
         )
     if raw.get("head_dim") is None and hidden % heads:
         raise MiniloraError(f"config.json has hidden_size {hidden}, which {heads} attention heads do not divide evenly")

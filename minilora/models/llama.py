@@ -1,6 +1,7 @@
-"""The Llama family (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU. Llama 1 to 3, SmolLM.
+"""The Llama family (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU. Llama 1 to 3,
+SmolLM.
 
-    x = x + attention(norm(x));  x = x + mlp(norm(x))
+x = x + attention(norm(x));  x = x + mlp(norm(x))
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class LlamaModel(Module):
     """Embedding, blocks and final norm, under the names that the checkpoint gives them."""
 
     def __init__(self, config: ModelConfig, weights: Weights, dtype: np.dtype, block: type[LlamaBlock]) -> None:
-        self.embed_tokens = Embedding(weights.at("embed_tokens").take("weight", config.vocab_size, config.hidden_size), dtype)
+        self.embed_tokens = Embedding(
+            weights.at("embed_tokens").take("weight", config.vocab_size, config.hidden_size), dtype
+        )
         self.layers = [block(config, weights.at(f"layers.{layer}"), layer) for layer in range(config.num_hidden_layers)]
         self.norm = RMSNorm(weights.at("norm").take("weight", config.hidden_size), config.norm_eps)
 
@@ -69,7 +72,9 @@ class LlamaForCausalLM(CausalLM):
 
     @classmethod
     def ignores(cls, name: str, config: ModelConfig) -> bool:
-        return super().ignores(name, config) or name.endswith("rotary_emb.inv_freq")  # old checkpoints hold this constant
+        return super().ignores(name, config) or name.endswith(
+            "rotary_emb.inv_freq"
+        )  # old checkpoints hold this constant
 
     def embed(self, tokens: Array, positions: Array) -> Tensor:
         return self.model.embed_tokens(tokens)

@@ -17,7 +17,7 @@ from .config import ModelConfig
 
 @dataclass(frozen=True)
 class Context:
-    """What all blocks of one forward pass share: rotary tables (·, T, 1, d/2), segments (B, T) or None, the KV cache or None."""
+    """What the blocks of one forward pass share: rotary tables (·, T, 1, d/2), segments (B, T), the KV cache."""
 
     cos: Array
     sin: Array
@@ -26,10 +26,17 @@ class Context:
 
 
 class SelfAttention(Module):
-    """Causal self-attention with grouped queries; q_norm and k_norm (Qwen3) normalise each head before it is rotated."""
+    """Causal self-attention with grouped queries; q_norm and k_norm (Qwen3) normalise each head before rotation."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, layer: int, *, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        layer: int,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: bool = False,
     ) -> None:
         hidden, width = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.width = config.num_attention_heads, config.num_key_value_heads, width

@@ -14,8 +14,8 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | N
     """ω_i = theta^(−2i/d), i = 0 … d/2 − 1, in float64, after the config's scaling (Su et al. 2021, section 3.2).
 
     scaling: None or {"rope_type": "default"}; {"rope_type": "linear", "factor"} divides every ω (Chen et al. 2023);
-    {"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"} divides those
-    of long wavelength and blends in between (Llama 3.1). Another type is a MiniloraError.
+    {"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"} divides
+    those of long wavelength and blends in between (Llama 3.1). Another type is a MiniloraError.
     """
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     kind = "default" if scaling is None else scaling.get("rope_type", scaling.get("type", "default"))
@@ -32,7 +32,9 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | N
             kept = np.clip((turns - low) / (high - low), 0, 1)
             return frequencies * (kept + (1 - kept) / float(scaling["factor"]))
     except KeyError as missing:
-        raise MiniloraError(f"config.json asks for rope scaling {kind!r} without its value {missing}: add it there") from None
+        raise MiniloraError(
+            f"config.json asks for rope scaling {kind!r} without its value {missing}: add it there"
+        ) from None
     raise MiniloraError(f"config.json asks for rope scaling {kind!r}; supported are default, linear and llama3")
 
 

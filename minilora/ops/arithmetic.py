@@ -1,6 +1,8 @@
-"""General elementwise primitives and reductions, with NumPy's broadcasting: the small autograd everything can be written in.
+"""General elementwise primitives and reductions, with NumPy's broadcasting: the small autograd everything can be
+written in.
 
-Notation in all of ops/: y is the value, dy = ∂L/∂y what arrives in backward, and the vjp returns ∂L/∂input for each input.
+Notation in all of ops/: y is the value, dy = ∂L/∂y what arrives in backward, and the vjp returns ∂L/∂input for each
+input.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ def unbroadcast(grad: Array, shape: tuple[int, ...]) -> Array:
     if grad.shape == shape:
         return grad
     added = grad.ndim - len(shape)
-    repeated = tuple(axis for axis in range(grad.ndim) if axis < added or (shape[axis - added] == 1 and grad.shape[axis] != 1))
+    repeated = tuple(
+        axis for axis in range(grad.ndim) if axis < added or (shape[axis - added] == 1 and grad.shape[axis] != 1)
+    )
     return grad.sum(axis=repeated, keepdims=True).reshape(shape)
 
 
@@ -143,7 +147,7 @@ def tanh(x: Array):
 
 @primitive
 def maximum(a: Array, b: Array, *, needs: tuple[bool, bool]):
-    """y = max(a, b);  dy goes to the larger; where they are equal, half to each (the mean of the subgradients' ends)."""
+    """y = max(a, b);  dy goes to the larger; where equal, half to each (the mean of the subgradients' ends)."""
     xp = array_module(a, b)
     shape_a, shape_b = shape_of(a), shape_of(b)
     y = xp.maximum(a, b)
@@ -151,7 +155,9 @@ def maximum(a: Array, b: Array, *, needs: tuple[bool, bool]):
 
     def vjp(dy):
         to_a = dy * share.astype(dy.dtype)
-        return (unbroadcast(to_a, shape_a) if needs[0] else None), (unbroadcast(dy - to_a, shape_b) if needs[1] else None)
+        return (unbroadcast(to_a, shape_a) if needs[0] else None), (
+            unbroadcast(dy - to_a, shape_b) if needs[1] else None
+        )
 
     return y, vjp
 
@@ -193,16 +199,22 @@ def mean(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = 
 
 def _bind_operators() -> None:
     """Give Tensor its operators, here where they are defined: tensor.py comes before every primitive."""
-    Tensor.__add__ = Tensor.__radd__ = lambda self, other: add(self, other)  # type: ignore[method-assign, assignment, misc]
-    Tensor.__sub__ = lambda self, other: sub(self, other)  # type: ignore[method-assign, assignment]
-    Tensor.__rsub__ = lambda self, other: sub(other, self)  # type: ignore[method-assign, assignment, misc]
-    Tensor.__mul__ = Tensor.__rmul__ = lambda self, other: mul(self, other)  # type: ignore[method-assign, assignment, misc]
-    Tensor.__truediv__ = lambda self, other: div(self, other)  # type: ignore[method-assign, assignment]
-    Tensor.__rtruediv__ = lambda self, other: div(other, self)  # type: ignore[method-assign, assignment, misc]
-    Tensor.__neg__ = lambda self: neg(self)  # type: ignore[method-assign, assignment]
-    Tensor.__pow__ = lambda self, exponent: power(self, exponent=exponent)  # type: ignore[method-assign, assignment]
-    Tensor.sum = lambda self, axis=None, keepdims=False: sum(self, axis=axis, keepdims=keepdims)  # type: ignore[method-assign]
-    Tensor.mean = mean  # type: ignore[method-assign, assignment]
+    methods = {
+        "__add__": lambda self, other: add(self, other),
+        "__radd__": lambda self, other: add(other, self),
+        "__sub__": lambda self, other: sub(self, other),
+        "__rsub__": lambda self, other: sub(other, self),
+        "__mul__": lambda self, other: mul(self, other),
+        "__rmul__": lambda self, other: mul(other, self),
+        "__truediv__": lambda self, other: div(self, other),
+        "__rtruediv__": lambda self, other: div(other, self),
+        "__neg__": lambda self: neg(self),
+        "__pow__": lambda self, exponent: power(self, exponent=exponent),
+        "sum": lambda self, axis=None, keepdims=False: sum(self, axis=axis, keepdims=keepdims),
+        "mean": mean,
+    }
+    for name, method in methods.items():
+        setattr(Tensor, name, method)
 
 
 _bind_operators()

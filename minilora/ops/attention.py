@@ -28,10 +28,9 @@ def visible(queries: int, keys: int, segments: Array | None, window: int | None,
 
 
 @primitive
-def attention(
-    q: Array, k: Array, v: Array, *, scale: float, segments: Array | None = None, window: int | None = None
-):
-    """o = softmax(scale · q kᵀ, over visible keys) v, per head   (Vaswani et al. 2017; grouped queries: Ainslie et al. 2023).
+def attention(q: Array, k: Array, v: Array, *, scale: float, segments: Array | None = None, window: int | None = None):
+    """o = softmax(scale · q kᵀ, over visible keys) v, per head   (Vaswani et al. 2017; grouped queries: Ainslie et al.
+    2023).
 
     q (B, T, H, d), k and v (B, S, K, d) -> o (B, T, H, d); segments (B, S) integers or None.
     With P the probabilities and row sums over keys:
@@ -39,7 +38,8 @@ def attention(
         dP = do vᵀ
         dS = P · (dP − Σ_s P dP),  and Σ_s P dP = Σ_d do · o   (Dao et al. 2022, "FlashAttention", appendix B)
         dq = scale · dS k,  dk = scale · dSᵀ q
-    dk and dv add up over the G queries that share a key-value head. Kept: q, k, v, o and the row's log-sum-exp; P is made again.
+    dk and dv add up over the G queries that share a key-value head. Kept: q, k, v, o and the row's log-sum-exp; P is
+    made again.
     """
     xp, dtype = array_module(q), q.dtype
     wide = compute_dtype(dtype)

@@ -76,8 +76,8 @@ def matmul(a: Array, b: Array, *, needs: tuple[bool, bool]):
 def linear(x: Array, weight: Any, bias: Array | None = None, *, needs: tuple[bool, ...]):
     """y = x Wᵀ + b;  dx = dy W, dW = dyᵀ x, db = Σ dy over tokens: each only where it is needed.
 
-    x (..., in), W (out, in) array or CompressedWeight, b (out,) or None -> y (..., out). With W frozen, x is not kept and no
-    array of W's size is ever made.
+    x (..., in), W (out, in) array or CompressedWeight, b (out,) or None -> y (..., out). With W frozen, x is not kept
+    and no array of W's size is ever made.
     """
     needs_bias = len(needs) > 2 and needs[2]
     shape_x = x.shape

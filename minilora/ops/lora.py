@@ -17,7 +17,8 @@ from .linalg import rows, times, times_transposed
 def lora_linear(
     x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_B: Array, *, scale: float, needs: tuple[bool, ...]
 ):
-    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ   (Hu et al. 2021, "LoRA: low-rank adaptation of large language models", equation 3).
+    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ   (Hu et al. 2021, "LoRA: low-rank adaptation of large language models", equation
+    3).
 
     x (..., in), W (out, in) frozen, b (out,) or None, A (r, in), B (out, r), s = alpha / r -> y (..., out).
     With u = x Aᵀ (N, r) kept from forward and g = ∂L/∂y (N, out):
@@ -50,7 +51,8 @@ def lora_linear(
 
 @primitive
 def low_rank(x: Array, lora_A: Array, lora_B: Array, *, scale: float, needs: tuple[bool, bool, bool]):
-    """y = s · (x Aᵀ) Bᵀ: the update alone, for layers where it reads another input than W does (dropout) or is one of several.
+    """y = s · (x Aᵀ) Bᵀ: the update alone, for layers where it reads another input than W does (dropout) or is one of
+    several.
 
     Shapes and gradients as in `lora_linear`, without W's terms.
     """
@@ -74,7 +76,8 @@ def low_rank(x: Array, lora_A: Array, lora_B: Array, *, scale: float, needs: tup
 def dropout(x: Array, *, probability: float, seed: int):
     """y = x · m / (1 − p), m zero with probability p;  dx = dy · m / (1 − p)   (Srivastava et al. 2014).
 
-    The mask is a function of the seed alone: backward, and a checkpointed forward, draw the same one again and none is kept.
+    The mask is a function of the seed alone: backward, and a checkpointed forward, draw the same one again and none is
+    kept.
     """
     xp, shape, dtype = array_module(x), x.shape, x.dtype
 

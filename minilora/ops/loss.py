@@ -50,7 +50,8 @@ def cross_entropy(logits: Array, *, labels: Array, weights: Array):
 def linear_cross_entropy(x: Array, weight: Any, *, labels: Array, weights: Array, needs: tuple[bool, bool]):
     """L = cross_entropy(x Wᵀ, labels, weights), a chunk of tokens at a time, its gradients made in the same pass.
 
-    x (N, D), W (V, D), labels (N,), weights (N,) -> a scalar. With dz = weight · (softmax(z) − onehot(label)) for each chunk:
+    x (N, D), W (V, D), labels (N,), weights (N,) -> a scalar. With dz = weight · (softmax(z) − onehot(label)) for each
+    chunk:
         dx = dz W,  dW = dzᵀ x
     so that backward only multiplies by dL: logits live for one chunk, and what is kept has the size of x.
     """

@@ -8,7 +8,8 @@ from ..tensor import primitive
 
 @primitive
 def rms_norm(x: Array, weight: Array, *, eps: float, needs: tuple[bool, bool]):
-    """y = n · w with n = x / ρ and ρ = √(mean(x²) + eps)   (Zhang & Sennrich 2019, "Root mean square layer normalization").
+    """y = n · w with n = x / ρ and ρ = √(mean(x²) + eps)   (Zhang & Sennrich 2019, "Root mean square layer
+    normalization").
 
     x (..., D), w (D,) -> y (..., D). With g = dy · w:
         dx = (g − n · mean(g · n)) / ρ      since ∂ρ/∂x = x / (D ρ)

@@ -34,7 +34,7 @@ def transpose(x: Array, *, axes: tuple[int, ...] | None = None):
 
 @primitive
 def getitem(x: Array, *, index: Any):
-    """y = x[index] for slices, integers and integer or Boolean arrays;  dx has dy at index (added up where repeated)."""
+    """y = x[index] for slices, integers and integer or Boolean arrays;  dx has dy at index, added up where repeated."""
     xp, shape, dtype = array_module(x), x.shape, x.dtype
 
     def vjp(dy):
