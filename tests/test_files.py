@@ -1,0 +1,246 @@
+"""Files are written whole or not at all, and errors say what and where."""
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minilora import files
+from minilora.errors import MiniloraError
+from minilora.files import (
+    atomic_directory,
+    atomic_write,
+    atomic_write_all,
+    read_json,
+    read_json_object,
+    write_json,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """The disk is found to be full when the last bytes are flushed."""
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+
+
+def test_a_file_gets_its_bytes_and_its_folder(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.bin"
+    atomic_write(path, b"abc")
+    assert path.read_bytes() == b"abc"
+    assert names(path.parent) == ["a.bin"]
+
+
+def test_a_function_writes_to_the_path_it_is_given(tmp_path):
+    atomic_write(tmp_path / "a", lambda path: path.write_text("abc") and None)
+    assert (tmp_path / "a").read_text() == "abc"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_written_file_has_the_mode_that_the_user_asks_for(tmp_path):
+    atomic_write(tmp_path / "ours", b"")
+    (tmp_path / "plain").write_bytes(b"")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file_whole(tmp_path, full_disk):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(MiniloraError, match=r"cannot write .*/a: the disk is full; free some space") as caught:
+        atomic_write(tmp_path / "a", b"new")
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_file_over_the_system_s_size_limit_leaves_the_old_file_whole(tmp_path):
+    """A write that really fails half-way, in a process of its own, for limits stay once they are set."""
+    (tmp_path / "a").write_bytes(b"old")
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "from minilora.files import atomic_write\nfrom minilora.errors import MiniloraError\n"
+        "try: atomic_write(sys.argv[1], b'x' * 5000)\nexcept MiniloraError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, check=True)
+    assert "File too large (what was there before is whole)" in done.stdout
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MiniloraError, ZeroDivisionError])
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    (tmp_path / "a").write_bytes(b"old")
+
+    def write(path):
+        path.write_bytes(b"half")
+        raise error
+
+    with pytest.raises(error):
+        atomic_write(tmp_path / "a", write)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_files_that_belong_together_are_replaced_together_or_not_at_all(tmp_path):
+    atomic_write_all({tmp_path / "a": b"old a", tmp_path / "b": b"old b"})
+
+    def fail(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(MiniloraError, match="disk is full"):
+        atomic_write_all({tmp_path / "a": b"new a", tmp_path / "b": fail})
+    assert (tmp_path / "a").read_bytes() == b"old a"
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_a_symbolic_link_stays_one(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    atomic_write(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
+
+
+def test_a_folder_in_the_way_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(MiniloraError, match="cannot write .*/a: Is a directory"):
+        atomic_write(tmp_path / "a", b"")
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_file_where_a_folder_is_needed_is_an_error(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(MiniloraError, match="cannot write"):
+        atomic_write(tmp_path / "a" / "b", b"")
+
+
+# ---------------------------------------------------------------- directories
+
+
+def test_a_directory_appears_complete(tmp_path):
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+        (folder / "sub").mkdir()
+        assert not (tmp_path / "out").exists()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["a", "sub"]
+
+
+def test_a_directory_is_replaced_whole(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    (tmp_path / "out" / "stale").write_text("old")
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("new")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["a"]
+    assert (tmp_path / "out" / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MiniloraError])
+def test_an_error_inside_leaves_the_old_directory(tmp_path, error):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    with pytest.raises(error), atomic_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("half")
+        raise error
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_a_full_disk_leaves_the_old_directory(tmp_path, full_disk):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    with pytest.raises(MiniloraError, match="disk is full"), atomic_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("new")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    rename = os.rename
+
+    def fail_to_place_the_new(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", fail_to_place_the_new)
+    with pytest.raises(MiniloraError, match="Input/output error"), atomic_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("new")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("foreign", ["letters.txt", "photos/"])
+def test_a_directory_of_other_things_is_never_replaced(tmp_path, foreign):
+    home = tmp_path / "home"
+    home.mkdir()
+    if foreign.endswith("/"):
+        (home / foreign).mkdir()
+        (home / "config.json").write_text("{}")
+    else:
+        (home / foreign).write_text("dear")
+    before = names(home)
+    with pytest.raises(MiniloraError, match="already exists and holds other things"), atomic_directory(home) as folder:
+        (folder / "config.json").write_text("{}")
+    assert names(home) == before
+    assert names(tmp_path) == ["home"]
+
+
+def test_an_empty_directory_is_replaced_and_a_file_is_not(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with atomic_directory(tmp_path / "empty") as folder:
+        (folder / "a").write_text("1")
+    assert names(tmp_path / "empty") == ["a"]
+    with (
+        pytest.raises(MiniloraError, match="is a file, expected a directory"),
+        atomic_directory(tmp_path / "empty" / "a"),
+    ):
+        pass
+    assert (tmp_path / "empty" / "a").read_text() == "1"
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def test_json_comes_back_as_written(tmp_path):
+    value = {"text": "naïve 日本", "numbers": [1, 2.5, None, True]}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert (tmp_path / "a.json").read_text(encoding="utf-8").startswith('{\n  "text": "naïve 日本"')
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,\n "b": }', r"a\.json, line 2: malformed JSON \(Expecting value, column 7\)"),
+        (b"", r"a\.json, line 1: malformed JSON"),
+        (b'{"a": "\xff"}', r"a\.json: malformed JSON"),
+        (b"[" * 100_000, r"a\.json: malformed JSON"),
+        (b"9" * 10_000, r"a\.json: malformed JSON"),
+        (b"[1]", r"a\.json holds a JSON list, expected an object"),
+    ],
+)
+def test_malformed_json_is_one_line_that_names_the_file(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(MiniloraError, match=message) as caught:
+        read_json_object(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_json_file_is_named(tmp_path):
+    with pytest.raises(MiniloraError, match=r"cannot read .*a\.json: No such file"):
+        read_json(tmp_path / "a.json")
