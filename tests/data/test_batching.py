@@ -117,11 +117,18 @@ def test_packing_fills_rows_nearly_full_and_beats_length_buckets():
     assert packed.padding_share < 0.01 < plain.padding_share
 
 
-def test_packing_finds_the_fewest_rows_where_that_is_known():
-    """Johnson's bound allows 11/9 of these; best fit decreasing meets pairs that fill a row exactly."""
-    examples = examples_of([30, 70, 45, 55, 20, 80, 50, 50])
-    plan = batches(examples, 1, packing=True, max_length=100)
-    assert len(plan) == 4
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        ([3, 7, 4, 6, 2, 8, 5, 5], 4),
+        ([9, 1], 1),
+        ([6, 5, 4, 3, 2], 2),  # 4 has to go to the 6, not to the 5, where more space is left
+        ([10, 10], 2),
+    ],
+)
+def test_packing_fills_rows_exactly_where_that_can_be_done(lengths, rows):
+    plan = batches(examples_of(lengths), 1, packing=True, max_length=10)
+    assert len(plan) == rows
     assert plan.padding_share == 0
 
 
@@ -165,7 +172,7 @@ def test_small_data_sets_too_meet_in_other_batches_each_epoch():
 
 def test_the_order_of_batches_does_not_follow_length():
     widths = [batch.tokens.shape[1] for batch in batches(realistic(), 8)]
-    assert abs(np.corrcoef(widths, np.arange(len(widths)))[0, 1]) < 0.2
+    assert 0.3 < np.mean(np.diff(widths) < 0) < 0.7
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -179,6 +186,7 @@ def test_a_stream_resumed_anywhere_goes_on_as_the_whole_one_does(packing):
     size = len(batches(examples, **options))
     whole = list(islice(batch_stream(examples, **options), 3 * size))
     assert [(epoch, index) for epoch, index, _ in whole] == [(e, k) for e in range(3) for k in range(size)]
+    assert all(same(batch, batches(examples, epoch=epoch, **options)[index]) for epoch, index, batch in whole)
     for done, (epoch, index, _) in enumerate(whole, start=1):
         resumed = islice(batch_stream(examples, start=(epoch, index + 1), **options), 3 * size - done)
         for (e, k, batch), (e_again, k_again, again) in zip(whole[done:], resumed, strict=True):

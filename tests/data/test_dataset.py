@@ -27,6 +27,7 @@ def test_no_row_is_lost_where_rows_go_to_the_tokenizer_in_chunks(write, tokenize
     rows = 2 * ROWS_AT_ONCE + 1
     data = load_data(write(*({"text": f"{n % 7} rows"} for n in range(rows))), tokenizer, 100)
     assert texts(tokenizer, data.train) == [f"{n % 7} rows" for n in range(rows)]
+    assert data.files["train"].rows == rows
 
 
 def test_a_folder_gives_each_split_its_file_and_an_absent_one_none(write, tokenizer):
@@ -48,17 +49,18 @@ def test_rows_without_a_label_are_dropped_and_counted_by_reason(write, tokenizer
     path = write(
         {"prompt": "short ", "completion": "kept"},
         {"prompt": "a prompt that fills it ", "completion": "lost"},
+        {"prompt": "another prompt that does ", "completion": "lost"},
         {"prompt": "short ", "completion": "cut on the right"},
         {"prompt": "", "completion": ""},
         name="train.jsonl",
     )
     data = load_data(path.parent, tokenizer, 4)
     assert texts(tokenizer, data.train) == ["short kept", "short cut "]
-    assert data.dropped == {"train": {"with no label within 4 tokens": 1, "with nothing to predict": 1}}
+    assert data.dropped == {"train": {"with no label within 4 tokens": 2, "with nothing to predict": 1}}
     assert data.files["train"].truncated == 1
     assert data.summary() == (
-        "train: 2 rows, 8 tokens, 4 learned; train.jsonl has 4 rows (prompt+completion); 1 truncated to 4 tokens; "
-        "2 dropped: 1 with no label within 4 tokens, 1 with nothing to predict"
+        "train: 2 rows, 8 tokens, 4 learned; train.jsonl has 5 rows (prompt+completion); 1 truncated to 4 tokens; "
+        "3 dropped: 2 with no label within 4 tokens, 1 with nothing to predict"
     )
 
 
@@ -70,8 +72,8 @@ def test_no_example_is_longer_than_max_length(write, tokenizer):
 
 def test_a_row_as_long_as_max_length_is_not_truncated(write, tokenizer):
     data = load_data(write({"text": "one two"}), tokenizer, 4)
-    assert data.files["train"].truncated == 0
     assert texts(tokenizer, data.train) == ["one two"]
+    assert data.summary() == "train: 1 rows, 4 tokens, 3 learned; data.jsonl has 1 rows (text)"
 
 
 def test_mask_prompt_reaches_the_labels(write, tokenizer):

@@ -193,6 +193,10 @@ def test_a_line_break_that_is_the_only_end_of_a_turn_is_learned(word_tokenizer):
     assert learned(tokenizer, example) == "hello\nbye\n"
 
 
+def chat_lines(messages, add_generation_prompt):
+    return "".join(f"<start>{m['content']}<stop>" for m in messages) + "<start>" * add_generation_prompt
+
+
 def qwen3_like(messages, add_generation_prompt):
     """Writes an empty reasoning block into an assistant turn, but only while no user speaks after it."""
     text = ""
@@ -222,6 +226,22 @@ def rewrites_the_turn(messages, add_generation_prompt):
     return "<start>" + text
 
 
+def counts_the_messages(messages, add_generation_prompt):
+    return f"<{len(messages)}>" + chat_lines(messages, add_generation_prompt)
+
+
+def greets_the_first_answer(messages, add_generation_prompt):
+    return f"<{'first' if len(messages) == 2 else 'again'}>" + chat_lines(messages, add_generation_prompt)
+
+
+def tells_long_conversations(messages, add_generation_prompt):
+    return f"<{'brief' if len(messages) <= 2 else 'wordy'}>" + chat_lines(messages, add_generation_prompt)
+
+
+def generates_from_nothing(messages, add_generation_prompt):
+    return "" if add_generation_prompt else chat_lines(messages, False)
+
+
 def forgets_an_empty_turn(messages, add_generation_prompt):
     """An empty turn has its end mark only while it is the last one."""
     parts = [f"<start>{m['content']}" + "<stop>" * (bool(m["content"]) or m is messages[-1]) for m in messages]
@@ -233,12 +253,20 @@ def forgets_an_empty_turn(messages, add_generation_prompt):
     [
         (rewrites_what_was_said, ("hi", "hello", "more", "bye")),
         (rewrites_the_turn, ("hi", "hello", "more", "bye")),
+        (counts_the_messages, ("hi", "hello")),
+        (greets_the_first_answer, ("hi", "hello", "more", "bye")),
+        (tells_long_conversations, ("hi", "hello", "more", "bye")),
         (forgets_an_empty_turn, ("hi", "", "more", "bye")),
     ],
 )
 def test_a_template_that_does_not_just_append_is_an_error_with_the_line(word_tokenizer, template, turns):
     with pytest.raises(MiniloraError, match=r"data.jsonl, line 3: the chat template renders message 2 .* differently"):
         encoded(word_tokenizer(template=template), chat(*turns))
+
+
+def test_a_turn_that_would_start_inside_the_one_before_is_an_error(word_tokenizer):
+    with pytest.raises(MiniloraError, match=r"renders message 4 .* differently"):
+        encoded(word_tokenizer(template=generates_from_nothing), chat("hi", "hello", "more", "bye"))
 
 
 def test_messages_without_a_chat_template_are_an_error_with_the_line(word_tokenizer):
