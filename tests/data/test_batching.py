@@ -4,7 +4,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.data import IGNORED, Batch, Example, batch_stream, batches
@@ -59,7 +59,6 @@ some_options = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(some_examples, some_options)
 def test_every_example_comes_exactly_once_and_whole(examples, options):
     plan = batches(examples, pad_token_id=PAD, **options)
@@ -73,7 +72,6 @@ def test_every_example_comes_exactly_once_and_whole(examples, options):
         assert labels[1:].tolist() == original.labels[1:].tolist()
 
 
-@settings(deadline=None)
 @given(some_examples, some_options)
 def test_batches_have_the_promised_shape_padding_and_counts(examples, options):
     plan = batches(examples, pad_token_id=PAD, **options)
@@ -102,7 +100,6 @@ def test_batches_have_the_promised_shape_padding_and_counts(examples, options):
     assert sum(len(batch.tokens) < options["batch_size"] for batch in plan) <= 1
 
 
-@settings(deadline=None)
 @given(some_examples, some_options)
 def test_packing_never_needs_more_rows_of_a_fixed_length(examples, options):
     options |= {"pad_multiple": options["max_length"]}
