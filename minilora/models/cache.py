@@ -36,3 +36,8 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on."""
         self.length = min(self.length, length)
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these sequences of the batch only."""
+        self.keys = [None if keys is None else keys[rows] for keys in self.keys]
+        self.values = [None if values is None else values[rows] for values in self.values]

@@ -87,11 +87,11 @@ class CausalLM(Module):
         """The last block's output, before the final norm: (B, T) NumPy tokens -> (B, T, D).
 
         segments (B, T): tokens attend within their own number only, and positions restart at its start. With a cache
-        the tokens continue the positions that it holds.
+        the tokens continue the positions that it holds, and segments has those as well: (B, held + T).
         """
         device = self.device
         if segments is not None:
-            positions = segment_positions(segments)
+            positions = segment_positions(segments)[:, -tokens.shape[1] :]
         else:
             begin = cache.length if cache is not None else 0
             positions = np.arange(begin, begin + tokens.shape[1])[None]
