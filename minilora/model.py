@@ -12,7 +12,7 @@ from .backend import Array, cast, compute_dtype, dtype_of, parse_device, to_devi
 from .errors import MiniloraError
 from .lora import PEFT_PREFIX, Adapters, LoraConfig, Merge
 from .lora.layer import Selection
-from .lora.targets import matches
+from .lora.targets import matches, shortest_patterns
 from .models import CausalLM, ModelConfig, family_of
 from .models.causal_lm import IGNORED, shifted_labels
 from .nn import Linear, Weights
@@ -114,7 +114,7 @@ class Model:
         self.generation_config = generation_config or {}
         self._adapters = Adapters(network)
         self._merge = Merge()
-        self._passes = 0  # training passes so far: each draws its own dropout masks
+        self.training_pass = 0  # passes with gradients so far: each draws its own dropout masks; a resumed run sets it
 
     @property
     def config(self) -> ModelConfig:
@@ -257,8 +257,8 @@ class Model:
 
     def _set_dropout(self, training: bool) -> None:
         selection = self._adapters.selection
-        self._passes += training
-        number = self._passes if training else None
+        self.training_pass += training
+        number = self.training_pass if training else None
         self._adapters.state.selection = Selection(selection.weights, selection.rows, number)
 
     def generate(
@@ -313,8 +313,7 @@ class Model:
             self._adapters.configs[name],
             values,
             base_model=self.source,
-            module_names=list(layers),
-            linear_names=list(self._adapters.linears),
+            module_names=shortest_patterns(list(layers), list(self._adapters.linears)),
             fan_in_fan_out=any(self._adapters.linears[layer].conv1d for layer in layers),
         )
 

@@ -69,8 +69,13 @@ class TrainStep:
 
     def update(self) -> None:
         """Clip the gradients, if asked to, and let the optimiser take its step."""
+        self.clip()
+        self.optimiser.step()
+
+    def clip(self) -> Array:
+        """The gradients' global norm, a 0-d array, after which they are clipped: for whoever looks at it before the update."""
         if self.max_grad_norm is not None:
             self.grad_norm = clip_grad_norm(self.optimiser.parameters, self.max_grad_norm)
         else:
             self.grad_norm = global_norm(self.optimiser.parameters)
-        self.optimiser.step()
+        return self.grad_norm

@@ -15,11 +15,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ..errors import MiniloraError
-from ..files import read_json_object
+from ..files import atomic_directory, read_json_object, write_json
 from .gguf import hugging_face_config, hugging_face_tensors
 from .gguf_file import open_gguf
 from .gguf_tokenizer import tokenizer_from_gguf
-from .safetensors import open_model_tensors
+from .safetensors import open_model_tensors, save_checkpoint_tensors
 from .tokenizer import Tokenizer
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -107,6 +107,29 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         Tokenizer.from_directory(path),
         read_json_object(generation_file) if generation_file.exists() else {},
     )
+
+
+def save_checkpoint(
+    path: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    tokenizer: Tokenizer | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model as a Hugging Face directory, whole or not at all: config, weights, tokenizer, generation settings.
+
+    tensors: by parameter name, in the dtypes to store. Raises MiniloraError where the disk refuses; what stood at `path` is
+    then untouched.
+    """
+    widest = max((array.dtype for array in tensors.values()), key=lambda dtype: dtype.itemsize)
+    version = "dtype" if "dtype" in config or "rope_parameters" in config else "torch_dtype"  # transformers 5, or before it
+    with atomic_directory(path) as directory:
+        write_json(directory / "config.json", {**config, version: widest.name})
+        save_checkpoint_tensors(directory, tensors)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        if generation_config:
+            write_json(directory / "generation_config.json", dict(generation_config))
 
 
 def _no_config(path: Path) -> str:

@@ -86,10 +86,9 @@ class Adapters:
                 matrices = tuple(  # type: ignore[assignment]
                     _fitting(values, key, start.shape, dtype) for key, start in zip(keys, matrices, strict=True)
                 )
-            on_device = [
-                Tensor(to_device(matrix, linear.weight.device), requires_grad=trainable) for matrix in matrices
-            ]
-            layers[path] = LoraLayer(*on_device, scale=config.scale(rank, alpha), dropout=config.dropout)
+            device = linear.weight.device
+            lora_A, lora_B = (Tensor(to_device(matrix, device), requires_grad=trainable) for matrix in matrices)
+            layers[path] = LoraLayer(lora_A, lora_B, config.scale(rank, alpha), config.dropout)
         if values is not None:
             known = {f"{PEFT_PREFIX}{path}.{part}" for path, layer in layers.items() for part in layer.parameters()}
             extra = sorted(set(values) - known)

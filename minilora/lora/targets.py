@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ..errors import MiniloraError
 from .config import LoraConfig
@@ -82,7 +83,13 @@ def target_names(names: Sequence[str], config: LoraConfig) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def pattern_value(name: str, patterns: dict, default):
+def shortest_patterns(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Names that select exactly `adapted` among `names`: a last part where all modules of that ending are, else in full."""
+    left_out = {name.rpartition(".")[2] for name in set(names) - set(adapted)}
+    return sorted({name if (last := name.rpartition(".")[2]) in left_out else last for name in adapted})
+
+
+def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """The value of the first key, a regular expression for the end of the name, that matches (PEFT's rank_pattern)."""
     for pattern, value in patterns.items():
         if re.match(rf"^(.*\.)?({pattern})$", name):
@@ -90,7 +97,7 @@ def pattern_value(name: str, patterns: dict, default):
     return default
 
 
-def check_patterns(names: Sequence[str], patterns: dict, field: str) -> None:
+def check_patterns(names: Sequence[str], patterns: Mapping[str, Any], field: str) -> None:
     """MiniloraError if a key of rank_pattern or alpha_pattern matches none of the adapted modules."""
     for pattern in patterns:
         try:

@@ -16,7 +16,7 @@ class Family(NamedTuple):
     """How to read a family's config.json, and the network that it describes."""
 
     read_config: Callable[[dict[str, Any]], ModelConfig]
-    network: type[CausalLM]
+    network: Any  # a subclass of CausalLM, built as network(config, weights, dtype)
 
 
 FAMILIES: dict[str, Family] = {

@@ -98,7 +98,7 @@ def linear(x: Array, weight: Any, bias: Array | None = None, *, needs: tuple[boo
 
 def _bind_operators() -> None:
     """Give Tensor the operator @."""
-    Tensor.__matmul__ = lambda self, other: matmul(self, other)  # type: ignore[method-assign, assignment]
+    Tensor.__matmul__ = lambda self, other: matmul(self, other)  # type: ignore[method-assign]
 
 
 _bind_operators()

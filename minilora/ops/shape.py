@@ -120,10 +120,14 @@ def _bind_operators() -> None:
     def method_transpose(self: Tensor, *axes: int) -> Tensor:
         return transpose(self, axes=axes or None)
 
-    Tensor.__getitem__ = lambda self, index: getitem(self, index=index)  # type: ignore[method-assign, assignment]
-    Tensor.reshape = method_reshape  # type: ignore[method-assign]
-    Tensor.transpose = method_transpose  # type: ignore[method-assign]
-    Tensor.T = property(lambda self: transpose(self))  # type: ignore[method-assign, assignment]
+    methods = {
+        "__getitem__": lambda self, index: getitem(self, index=index),
+        "reshape": method_reshape,
+        "transpose": method_transpose,
+        "T": property(lambda self: transpose(self)),
+    }
+    for name, method in methods.items():
+        setattr(Tensor, name, method)
 
 
 _bind_operators()
