@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ import numpy as np
 from .backend import Array, cast, compute_dtype, dtype_of, parse_device, to_device, to_numpy
 from .errors import MiniloraError
 from .lora import PEFT_PREFIX, Adapters, LoraConfig, Merge
-from .lora.layer import Selection
 from .lora.targets import matches, shortest_patterns
 from .models import CausalLM, ModelConfig, family_of
 from .models.causal_lm import IGNORED, shifted_labels
@@ -259,7 +259,7 @@ class Model:
         selection = self._adapters.selection
         self.training_pass += training
         number = self.training_pass if training else None
-        self._adapters.state.selection = Selection(selection.weights, selection.rows, number)
+        self._adapters.state.selection = replace(selection, dropout_pass=number)
 
     def generate(
         self,

@@ -8,6 +8,7 @@ Linear that it adapts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,16 @@ class AdapterState:
     """
 
     def __init__(self) -> None:
-        self.selection: Any = None
+        self.selection: Any = None  # lora.layer.Selection
+
+    @contextmanager
+    def using(self, selection: Any) -> Iterator[None]:
+        """Inside, another selection holds."""
+        before, self.selection = self.selection, selection
+        try:
+            yield
+        finally:
+            self.selection = before
 
 
 class Weights:

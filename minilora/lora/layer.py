@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,6 +30,10 @@ class Selection:
     weights: tuple[tuple[str, float], ...] = ()
     rows: tuple[str | None, ...] | None = None
     dropout_pass: int | None = None
+
+    def at_rows(self, index: np.ndarray) -> Selection:
+        """The selection for a batch made of these rows of this one, repeated as they come."""
+        return self if self.rows is None else replace(self, rows=tuple(self.rows[row] for row in index))
 
 
 class LoraLayer:

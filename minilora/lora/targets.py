@@ -84,7 +84,7 @@ def target_names(names: Sequence[str], config: LoraConfig) -> list[str]:
 
 
 def shortest_patterns(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Names that select exactly `adapted` among `names`: a last part where all modules of that ending are, else in full."""
+    """Names that select just `adapted` among `names`: a last part where all modules that end so are, else in full."""
     left_out = {name.rpartition(".")[2] for name in set(names) - set(adapted)}
     return sorted({name if (last := name.rpartition(".")[2]) in left_out else last for name in adapted})
 

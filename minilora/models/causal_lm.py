@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -113,13 +114,10 @@ class CausalLM(Module):
             cache.advance(tokens.shape[1])
         return x
 
-    def _run_block(self, block: Module, selection: object, context: Context, x: Tensor) -> Tensor:
+    def _run_block(self, block: Module, selection: Any, context: Context, x: Tensor) -> Tensor:
         """A block under the adapters that were selected in the forward pass, also when backward runs it again later."""
-        now, self.adapter_state.selection = self.adapter_state.selection, selection
-        try:
+        with self.adapter_state.using(selection):
             return block(x, context)
-        finally:
-            self.adapter_state.selection = now
 
     def logits(
         self, tokens: np.ndarray, segments: np.ndarray | None = None, cache: KVCache | None = None, last: bool = False
@@ -145,17 +143,23 @@ class CausalLM(Module):
         weight = to_device(weights.reshape(-1)[index].astype(self.dtype), self.device)
         if self.lm_head.adapter is None and self.lm_head.bias is None:
             return ops.linear_cross_entropy(x, self.lm_head.weight, labels=labels, weights=weight)
-        return self._loss_through_head(x, labels, weight)
+        return self._loss_through_head(x, labels, weight, batch_rows=index // tokens.shape[1])
 
-    def _loss_through_head(self, x: Tensor, labels: Array, weights: Array) -> Tensor:
-        """The same sum for a head with an adapter or a bias: chunks of its logits, made again in backward."""
+    def _loss_through_head(self, x: Tensor, labels: Array, weights: Array, batch_rows: np.ndarray) -> Tensor:
+        """The same sum for a head with an adapter or a bias: chunks of its logits, made again in backward.
+
+        batch_rows (M,): the row of the batch that each position stands in, for adapters that are selected by row.
+        """
         chunk = max(1, ops.loss.CHUNK_ENTRIES // self.lm_head.out_features)
+        selection = self.adapter_state.selection
         total: Tensor | float = 0.0
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-
-            def piece(rows: Tensor, part: slice = part) -> Tensor:
-                return ops.cross_entropy(self.lm_head(rows), labels=labels[part], weights=weights[part])
-
+            chosen = selection and selection.at_rows(batch_rows[part])
+            piece = partial(self._loss_of_chunk, chosen, labels[part], weights[part])
             total = checkpoint(piece, x[part], parameters=self.lm_head.trained()) + total
         return total if isinstance(total, Tensor) else Tensor(array_module(x.data).zeros((), self.dtype))
+
+    def _loss_of_chunk(self, selection: Any, labels: Array, weights: Array, x: Tensor) -> Tensor:
+        with self.adapter_state.using(selection):
+            return ops.cross_entropy(self.lm_head(x), labels=labels, weights=weights)
