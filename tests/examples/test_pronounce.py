@@ -1,10 +1,12 @@
-"""The pronunciation task: rows that leak nothing into the test words, and scores that count what they say."""
+"""The pronunciation task: rows that leak nothing into the test words, scores that count what they say, their table."""
 
+import argparse
 import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "pronounce"))
 
 import metrics
 import prepare
+import pronounce
+
+import minilora as ml
 
 PHONEMES = st.lists(st.sampled_from(["AA1", "AA0", "B", "K", "T"]), max_size=8)
 
@@ -147,3 +152,129 @@ def test_an_endless_answer_has_an_error_rate_above_one():
 def test_a_missing_answer_is_refused(written, references):
     with pytest.raises(ValueError, match="expected one for each"):
         metrics.score(written, references)
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Letters:
+    """A tokenizer of one token per character; 0 ends a text."""
+
+    eos_token_id = 0
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def model():
+    model = ml.new_model(TINY, seed=3, dtype="float64", std=0.5)
+    model.tokenizer = Letters()
+    return model
+
+
+def test_words_written_together_are_those_written_one_by_one_without_a_cache(model):
+    prompts = ["say c a t:", "say d o g:", "say h o u s e:", "say a x e:"]
+
+    def alone(prompt):
+        tokens = model.tokenizer.encode(prompt)
+        for _ in range(pronounce.LONGEST):
+            tokens.append(int(ml.to_numpy(model.logits(np.array([tokens])))[0, -1].argmax()))
+            if tokens[-1] == 0:
+                break
+        return model.tokenizer.decode(tokens[len(prompt) :]).rstrip("\0").split("\n")[0]
+
+    assert pronounce.write_pronunciations(model, prompts) == [alone(prompt) for prompt in prompts]
+
+
+def test_what_follows_the_end_token_or_the_end_of_the_line_is_no_answer(model, monkeypatch):
+    answers = {"ab:": "K T", "cd:": "K\nsay", "e:": ""}
+    steps = {prompt: [*answer, "\0", "x"] for prompt, answer in answers.items()}
+
+    def logits(tokens, cache, last):
+        """Writes each prompt's answer letter by letter."""
+        cache.prompts = getattr(cache, "prompts", None) or ["".join(map(chr, row)) for row in tokens]
+        out = np.zeros((len(tokens), 1, 128))
+        for row, prompt in enumerate(cache.prompts):
+            letters = steps[prompt]
+            out[row, 0, ord(letters[min(cache.length, len(letters) - 1)])] = 1
+        cache.advance(1)
+        return ml.Tensor(out)
+
+    monkeypatch.setattr(model.network, "logits", logits)
+    assert pronounce.write_pronunciations(model, list(answers)) == ["K T", "K", ""]
+
+
+def test_solved_examples_stand_before_each_prompt(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pronounce, "write_pronunciations", lambda model, prompts: seen.extend(prompts) or [" K AE1 T"])
+    row = {"prompt": "say c a t:", "completion": " K AE1 T", "references": ["K AE1 T"]}
+    score, written = pronounce.evaluate(model, [row], examples=[{"prompt": "say h a t:", "completion": " HH AE1 T"}])
+    assert seen == ["say h a t: HH AE1 T\nsay c a t:"]
+    assert (score.exact_match, written) == (1, ["K AE1 T"])
+
+
+RESULTS = {
+    "command": "minilora train --steps 5",
+    "rows": {"train": 1234, "valid": 5, "test": 2},
+    "rows_trained_on": 160,
+    "minutes_of_training": 3.4,
+    "scores": {"before": vars(metrics.Score(2, 0, 1.5, 0, 1.25)), "after": vars(metrics.Score(2, 0.5, 0.0625, 1, 0))},
+    "samples": [
+        {"word": "cat", "written": "K AE1 T", "references": ["K AE1 T"]},
+        {"word": "dog", "written": "D AA1 G", "references": ["D AO1 G", "D AO2 G"]},
+    ],
+}
+
+
+def test_the_readme_gets_the_table_between_its_marks_and_keeps_the_rest(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- results -->\nold\n<!-- end of results -->\nthe rest\n")
+    for _ in range(2):
+        pronounce.publish(pronounce.as_markdown(RESULTS), readme)
+    text = readme.read_text()
+    assert text.startswith("# Title\n<!-- results -->\n| | words |")
+    assert text.endswith("<!-- end of results -->\nthe rest\n")
+    assert "old" not in text
+    assert "| before | 2 | 0.0% | 150.0% | 0.0% | 125.0% |" in text
+    assert "| after | 2 | 50.0% | 6.2% | 100.0% | 0.0% |" in text
+    assert "Trained on 160 of 1,234 rows in 3 minutes:" in text
+    assert "| cat | K AE1 T | K AE1 T |" in text
+    assert "| dog | D AA1 G ✗ | D AO1 G, or D AO2 G |" in text
+
+
+def test_a_readme_without_marks_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("# Title\n")
+    with pytest.raises(SystemExit, match="add <!-- results -->"):
+        pronounce.publish("table", tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == "# Title\n"
+
+
+def test_the_readme_of_the_example_has_its_marks():
+    text = (Path(pronounce.__file__).parent / "README.md").read_text()
+    assert text.count("<!-- results -->") == text.count("<!-- end of results -->") == 1
+
+
+def test_the_training_command_names_the_data_and_the_options(tmp_path):
+    options = argparse.Namespace(rank=4, lr=0.001, steps=50, batch_size=8, seed=7)
+    command = " ".join(pronounce.train_command("smollm2", tmp_path, options))
+    assert command.startswith(f"train --model smollm2 --data {tmp_path / 'data'} --out {tmp_path / 'adapter'} ")
+    for part in ("--rank 4", "--alpha 8", "--lr 0.001", "--steps 50", "--warmup 2", "--batch-size 8", "--seed 7"):
+        assert part in command
