@@ -1,4 +1,4 @@
-"""Finding a model by its name, opening it (a Hugging Face directory or a GGUF file, one `Checkpoint` for both), saving it.
+"""Finding a model by its name, opening it and saving it: a Hugging Face directory or a GGUF file, one `Checkpoint`.
 
 Opening reads configs, the tokenizer and the tables of tensors; values are read when a tensor's entry is asked for them.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ..errors import MiniloraError
-from ..files import atomic_directory, read_json_object, write_json
+from ..files import Content, json_bytes, read_json_object
 from .gguf import hugging_face_config, hugging_face_tensors
 from .gguf_file import open_gguf
 from .gguf_tokenizer import tokenizer_from_gguf
@@ -117,51 +116,24 @@ def save_checkpoint(
     tokenizer: Tokenizer | None = None,
     generation_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model as a Hugging Face directory, whole or not at all: config, weights, tokenizer, generation settings.
+    """Write a model as a Hugging Face directory: config, weights, tokenizer, generation settings.
 
-    tensors: by parameter name, in the dtypes to store. Raises MiniloraError where the disk refuses; what stood at `path`
-    is then untouched.
+    All files are complete on the disk before the first takes its place; what else lies in the directory is left alone.
+    config: as config.json holds it, its dtype becomes the widest of `tensors`, for transformers loads all in that one.
+    Raises MiniloraError where the disk refuses; what stood at `path` is then untouched.
     """
     widest = max((array.dtype for array in tensors.values()), key=lambda dtype: dtype.itemsize)
-    version = (
-        "dtype" if "dtype" in config or "rope_parameters" in config else "torch_dtype"
-    )  # transformers 5, or before it
-    with atomic_directory(path) as directory:
-        write_json(directory / "config.json", {**config, version: widest.name})
-        save_checkpoint_tensors(directory, tensors)
-        if tokenizer is not None:
-            tokenizer.save(directory)
-        if generation_config:
-            write_json(directory / "generation_config.json", dict(generation_config))
-
-
-def save_checkpoint(
-    directory: str | Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    tokenizer: Tokenizer | None = None,
-    generation_config: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a Hugging Face model directory, all files complete before the first takes its place; others are left alone.
-
-    config: as config.json holds it; its dtype becomes that of most of `tensors`, for transformers loads in that dtype.
-    Raises MiniloraError where the disk refuses; what was there before is then whole.
-    """
-    directory = Path(directory)
-    bytes_of = Counter[str]()
-    for array in tensors.values():
-        bytes_of[array.dtype.name] += array.nbytes
-    dtype_key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 writes the first, reads both
+    newer = "dtype" in config or "rope_parameters" in config  # the keys of transformers 5
     files: dict[str, Content] = {
-        "config.json": json_bytes({**config, dtype_key: bytes_of.most_common(1)[0][0]}),
+        "config.json": json_bytes({**config, "dtype" if newer else "torch_dtype": widest.name}),
         **(tokenizer.files() if tokenizer is not None else {}),
     }
     if generation_config:
         files["generation_config.json"] = json_bytes(dict(generation_config))
-    save_checkpoint_tensors(directory, tensors, beside=files)
-    for name in ("chat_template.jinja", "generation_config.json"):  # of an earlier model: readers would obey them
+    save_checkpoint_tensors(path, tensors, beside=files)
+    for name in ("chat_template.jinja", "generation_config.json"):  # an earlier model's, which readers would obey
         if name not in files:
-            (directory / name).unlink(missing_ok=True)
+            (Path(path) / name).unlink(missing_ok=True)
 
 
 def _no_config(path: Path) -> str:

@@ -72,7 +72,7 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer | 
 
 def _byte_level_bpe(path: Path, metadata: Mapping[str, Any]) -> Backend:
     words = metadata.get("tokenizer.ggml.pre", "default")
-    if words not in _WORDS:
+    if not isinstance(words, str) or words not in _WORDS:
         raise MiniloraError(f'{path}: pre-tokenizer "{words}" is not supported, expected one of {", ".join(_WORDS)}')
     vocabulary = {token: number for number, token in enumerate(_tokens(path, metadata))}
     merges = []
@@ -191,6 +191,6 @@ def _tokens(path: Path, metadata: Mapping[str, Any]) -> list[str]:
 
 def _texts(path: Path, metadata: Mapping[str, Any], key: str) -> list[str]:
     texts = metadata.get(key)
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise MiniloraError(f"{path}: metadata {key} is missing or no list of texts; convert the model again")
     return texts

@@ -8,7 +8,7 @@ Source: https://huggingface.co/docs/peft (checkpoint format; LoraConfig)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,26 +210,6 @@ def lora_config(written: Mapping[str, Any], source: Path) -> LoraConfig:
         bias=fields.value("bias", str),
         modules_to_save=modules_to_save,
     )
-
-
-def minimal_suffixes(adapted: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The shortest name endings that match every adapted module and none of the others, sorted.
-
-    All q_proj and v_proj adapted gives ["q_proj", "v_proj"]; only layer 3's gives ["3.self_attn.q_proj", ...].
-    """
-    taken = {suffix for name in others for suffix in _suffixes(name)}
-    chosen: set[str] = set()
-    for name in sorted(adapted):
-        if chosen.isdisjoint(suffixes := _suffixes(name)):
-            chosen.add(next((suffix for suffix in suffixes if suffix not in taken), name))
-    # A later, shorter ending may have made an earlier one needless.
-    return sorted(suffix for suffix in chosen if chosen.isdisjoint(_suffixes(suffix)[:-1]))
-
-
-def _suffixes(name: str) -> list[str]:
-    """Whole-part endings of a dotted name, shortest first, the name itself last."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 class _Fields:

@@ -113,6 +113,17 @@ def open_model_tensors(directory: str | Path) -> dict[str, SafetensorsEntry]:
     return {name: shards[file][name] for name, file in weight_map.items()}
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The notes in a file's header ({} for none); raises MiniloraError for a missing, truncated or malformed file."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return dict(file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise MiniloraError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
+    except OSError as error:
+        raise MiniloraError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write one safetensors file, atomically; `metadata` defaults to {"format": "pt"}, which transformers demands.
 
@@ -122,11 +133,16 @@ def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: 
 
 
 def save_checkpoint_tensors(
-    directory: str | Path, tensors: Mapping[str, np.ndarray], shard_bytes: int = SHARD_BYTES
+    directory: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
+    beside: Mapping[str, Content] | None = None,
 ) -> None:
     """Write a model's tensors as Hugging Face does: one file, or shards of at most `shard_bytes` bytes and an index.
 
-    Tensor files of an earlier save that the new ones do not replace are removed, for a reader would prefer them.
+    `beside` are further files of the directory by name (its config, its tokenizer): all are complete on the disk before
+    the first takes its place. Tensor files of an earlier save that these do not replace are then removed, for a reader
+    would prefer them; anything else in the directory is left alone.
     """
     directory = Path(directory)
     shards: list[dict[str, np.ndarray]] = [{}]
@@ -137,21 +153,21 @@ def save_checkpoint_tensors(
             filled = 0
         shards[-1][name] = array
         filled += array.nbytes
-    files: dict[Path, Content] = {}
+    files: dict[str, Content] = dict(beside or {})
     if len(shards) == 1:
-        files[directory / SINGLE_FILE] = tensor_file(shards[0])
+        files[SINGLE_FILE] = tensor_file(shards[0])
     else:
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            files[directory / file] = tensor_file(shard)
+            files[file] = tensor_file(shard)
             weight_map.update(dict.fromkeys(shard, file))
         total = sum(array.nbytes for array in tensors.values())
-        files[directory / INDEX_FILE] = json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
-    atomic_write_all(files)
+        files[INDEX_FILE] = json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
+    atomic_write_all({directory / name: content for name, content in files.items()})
     for path in directory.iterdir():
-        stale = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name)
-        if stale and path not in files:
+        ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name)
+        if ours and path.name not in files:
             path.unlink()
 
 

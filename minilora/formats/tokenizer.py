@@ -66,11 +66,10 @@ class Tokenizer:
         for name in ("special_tokens_map", "tokenizer_config", "generation_config"):
             optional[name] = read_json_object(file) if (file := path / f"{name}.json").exists() else {}
         config = optional["special_tokens_map"] | optional["tokenizer_config"]
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = next((item.get("template") for item in template if item.get("name") == "default"), None)
         if (path / "chat_template.jinja").exists():
-            template = _read_text(path / "chat_template.jinja")
+            template: str | None = _read_text(path / "chat_template.jinja")
+        else:
+            template = _default_template(config.get("chat_template"), path / "tokenizer_config.json")
         return cls(backend, config, template, token_ids(optional["generation_config"].get("eos_token_id")))
 
     @property
@@ -193,6 +192,16 @@ def _library_errors(what: str) -> Iterator[None]:
         if type(error) is not Exception:  # the tokenizers library raises plain Exception, and nothing else does
             raise
         raise MiniloraError(f"{what}: {error}") from error
+
+
+def _default_template(value: Any, source: Path) -> str | None:
+    """A "chat_template" is the template, or a list of {"name", "template"} of which the one named "default" counts."""
+    found = value
+    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        found = next((item.get("template") for item in value if item.get("name") == "default"), None)
+    if found is not None and not isinstance(found, str):
+        raise MiniloraError(f"{source}: chat_template is {value!r:.60}, expected a text")
+    return found
 
 
 def _read_text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Writers of tiny models: a Llama as a GGUF file (with the `gguf` package's own writer), with or without a tokenizer."""
+"""Writers of tiny models: a Llama as a GGUF file (with the `gguf` package's writer), with or without a tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, LAYERS = 64, 4, 2, 96, 2
 
 
 def byte_characters() -> list[str]:
-    """The character that byte-level BPE writes for each byte (GPT-2): printable ones for themselves, others from 256 on."""
+    """The character that byte-level BPE writes for each byte: printable ones as they are, others from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -79,7 +79,7 @@ def permuted(name: str, array: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def write_gguf(tmp_path: Path, llama_tensors: dict[str, np.ndarray]) -> Callable[..., Path]:
-    """write_gguf(type="F32", metadata={}, tensors={}): a tiny Llama; `metadata` and `tensors` override, None removes."""
+    """write_gguf(type="F32", metadata={}, tensors={}): a tiny Llama; these two override its values, None removes."""
 
     def write(
         type: str = "F32",

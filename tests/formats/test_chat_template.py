@@ -22,13 +22,16 @@ def test_messages_special_tokens_and_the_prompt_reach_the_template():
 
 
 def test_the_line_break_and_the_indent_of_a_block_do_not_show():
-    assert render("{% for m in messages %}\n    {% if m.role == 'user' %}\nuser\n    {% endif %}\n{% endfor %}\nend") == (
-        "user\nend"
-    )
+    assert render(
+        "{% for m in messages %}\n    {% if m.role == 'user' %}\nuser\n    {% endif %}\n{% endfor %}\nend"
+    ) == ("user\nend")
 
 
 def test_loop_controls_and_generation_blocks_are_understood():
-    template = "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}"
+    template = (
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}"
+    )
     assert render(template) == "hello!"
 
 

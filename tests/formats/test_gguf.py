@@ -291,7 +291,7 @@ def test_a_damaged_header_is_an_error_or_still_a_readable_file(small_gguf):
     whole = small_gguf.read_bytes()
     header_bytes = min(tensor.offset for tensor in open_gguf(small_gguf).tensors.values())
     dice = random.Random(0)
-    refused = 0
+    refused = []
     for _ in range(400):
         damaged = bytearray(whole)
         damaged[dice.randrange(header_bytes)] ^= 1 << dice.randrange(8)
@@ -299,9 +299,9 @@ def test_a_damaged_header_is_an_error_or_still_a_readable_file(small_gguf):
         try:
             read_everything(small_gguf)
         except MiniloraError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 100
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert not [message for message in refused if "\n" in message]
 
 
 @pytest.mark.parametrize("position", [8, 16])
