@@ -18,6 +18,7 @@ from .model import Model, load_model, new_model
 from .optim import Adam, AdamW, clip_grad_norm, schedule
 from .step import MicroBatch, TrainStep
 from .tensor import Tensor, checkpoint, no_grad, primitive
+from .train import TrainConfig, TrainingInterrupted, TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,10 @@ __all__ = [
     "MiniloraError",
     "Model",
     "Tensor",
+    "TrainConfig",
+    "TrainResult",
     "TrainStep",
+    "TrainingInterrupted",
     "checkpoint",
     "clip_grad_norm",
     "dot_product_check",
@@ -43,4 +47,5 @@ __all__ = [
     "primitive",
     "schedule",
     "to_numpy",
+    "train",
 ]
