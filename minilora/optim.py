@@ -117,8 +117,8 @@ class Adam(AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(parameters, lr, betas, eps, weight_decay=0.0)
-        self.l2 = weight_decay
+        super().__init__(parameters, lr, betas, eps, weight_decay)
+        self.l2, self.weight_decay = weight_decay, 0.0
 
     def _update(self, w: Array, g: Array, m: Array, v: Array, t: int) -> None:
         super()._update(w, g + self.l2 * w if self.l2 else g, m, v, t)
@@ -135,7 +135,7 @@ def global_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> Array:
 
 
 def clip_grad_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor], max_norm: float) -> Array:
-    """Scale all gradients by min(1, max_norm / norm) and return norm, theirs before (Pascanu et al. 2013)."""
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)) and return norm, theirs before (Pascanu et al. 2013)."""
     parameters = named(parameters)
     norm = global_norm(parameters)
     factor = array_module(norm).minimum(1.0, max_norm / (norm + 1e-6))

@@ -60,7 +60,8 @@ class Tensor:
     __slots__ = ("data", "grad", "source", "trained")
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
-        self.data: Array = data if hasattr(data, "dtype") and hasattr(data, "shape") else np.asarray(data)
+        is_array = hasattr(data, "dtype") and hasattr(data, "shape") and not isinstance(data, np.generic)
+        self.data: Array = data if is_array else np.asarray(data)  # of NumPy's scalars too: they cannot be updated
         self.grad: Array | None = None
         self.trained = requires_grad
         self.source: tuple[Node, int] | None = None  # the node that made it, and which of its outputs it is

@@ -1,4 +1,4 @@
-"""The reference stack, torch with transformers and PEFT: tiny checkpoints that it writes, and its arithmetic in float64.
+"""The reference stack, torch with transformers and PEFT: the checkpoints that it writes, its float64.
 
 Importing this skips the test module where the stack is not installed; torch, transformers and peft are imported from
 here.
@@ -30,8 +30,9 @@ torch.set_num_threads(1)  # the networks are tiny: threads would only wait for e
 class _Float64(torch.overrides.TorchFunctionMode):
     """Every float32 that a call of torch asks for becomes float64.
 
-    Transformers writes its float32 casts in a few ways (`x.float()`, `x.to(torch.float32)`, `softmax(dtype=torch.float32)`,
-    `torch.arange(..., dtype=torch.float)`); all are calls of torch, in whatever family's file they stand.
+    Transformers writes its float32 casts in a few ways (`x.float()`, `x.to(torch.float32)`, `softmax(..., dtype=
+    torch.float32)`, `torch.arange(..., dtype=torch.float)`); all are calls of torch, in whatever family's file they
+    stand.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -126,7 +127,7 @@ def peft_pair(
 
 
 def token_losses(model: Any, tokens: np.ndarray, labels: np.ndarray) -> Any:
-    """Σ cross-entropy of the labels that are not ignored, as a differentiable scalar: what transformers' loss averages."""
+    """Σ cross-entropy of the labels that are not ignored, differentiable: what transformers averages."""
     logits = model(torch.from_numpy(tokens), use_cache=False).logits
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].reshape(-1, logits.shape[-1]),
@@ -134,4 +135,3 @@ def token_losses(model: Any, tokens: np.ndarray, labels: np.ndarray) -> Any:
         ignore_index=-100,
         reduction="sum",
     )
-

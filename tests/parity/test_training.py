@@ -18,7 +18,10 @@ from tests.parity.reference import peft_pair, peft_parameters, token_losses, tor
 pytestmark = pytest.mark.parity
 
 STEPS, WARMUP, RATE, DECAY, MAX_NORM = 20, 5, 2e-2, 0.1, 0.5
-MODELS = {"llama": tiny.llama(), "llama, multi-head, tied head": tiny.llama(num_key_value_heads=4, tie_word_embeddings=True)}
+MODELS = {
+    "llama": tiny.llama(),
+    "llama, multi-head, tied head": tiny.llama(num_key_value_heads=4, tie_word_embeddings=True),
+}
 CONFIG = ml.LoraConfig(r=4, alpha=8)
 
 
