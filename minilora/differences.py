@@ -28,7 +28,7 @@ EPS = float(np.finfo(np.float64).eps)
 FIRST_STEP = 2.0**-7  # of the scale of what is moved
 LEVELS = 11  # halvings, down to 2^-17 of the scale: about eps^(1/3), the best step of a plain central difference
 PRECISION = 1e-8  # relative uncertainty at which a table is fine enough
-NOISE_PROBES = 3
+NOISE_PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,7 @@ class Differences:
                 for t, weight in ((-2.0, 1.0), (-1.0, -4.0), (1.0, -4.0), (2.0, 1.0)):
                     move(t)
                     fourth = [total + weight * array for total, array in zip(fourth, self.fn(), strict=True)]
-            for variance, difference in zip(variances, fourth, strict=True):
-                variance += difference**2 / (70 * NOISE_PROBES)
+            variances = [v + d**2 / (70 * NOISE_PROBES) for v, d in zip(variances, fourth, strict=True)]
         return [
             abs(c) * array_module(y).maximum(variance**0.5, EPS * abs(y))
             for c, y, variance in zip(self.cotangents, self.base, variances, strict=True)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from minilora.backend import parse_device
 from minilora.errors import MiniloraError
 
-EXAMPLES = 10
+EXAMPLES = 15
 THOROUGH = 20  # times as many
 
 _common = {

@@ -199,6 +199,11 @@ def test_a_result_in_less_than_float64_is_refused_and_float32_inside_shows_as_no
     assert gradcheck(ops.exp, [x]).noise < 1e-14
 
 
+def test_the_noise_of_a_single_number_is_measured_too(device):
+    report = gradcheck(lambda x: (x * 1e-6 + 1.0) - 1.0, [normal(device)])
+    assert 1e-11 < report.noise < 1e-9
+
+
 def test_a_function_that_is_not_deterministic_is_bad_input(device):
     rng = np.random.default_rng(0)
     with pytest.raises(MiniloraError, match="fix the seed"):
@@ -246,13 +251,20 @@ def test_strided_empty_and_scalar_inputs_and_tuples_of_outputs(device):
     b = normal(device, 4, 3, seed=1).T
     assert gradcheck(lambda a, b: (a * b[:, :3], ops.exp(a)), [a, b]).checked == 18
     assert gradcheck(ops.exp, [normal(device, 0, 3)]).checked == 0
-    assert gradcheck(ops.exp, [normal(device)]).checked == 1
+    assert gradcheck(ops.exp, [normal(device)]).checked == gradcheck(ops.exp, [np.float64(0.3)]).checked == 1
 
     def planted(x):
         return (x * 1, x * x), lambda da, db: da + x * db
 
     with pytest.raises(GradientError):
         gradcheck(wrong(planted), [a])
+
+
+def test_functions_that_return_views_of_their_inputs_are_checked(device):
+    for view in (ops.transpose, lambda x: x, lambda x: ops.reshape(x, shape=(2, 6)), lambda x: x[1:]):
+        assert gradcheck(view, [normal(device, 3, 4)]).checked >= 8
+        with pytest.raises(GradientError):
+            gradcheck(lambda x, view=view: scaled_gradient(2.0)(view(x)), [normal(device, 3, 4)])
 
 
 def test_constants_are_passed_on_and_not_checked(device):
