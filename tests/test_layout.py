@@ -21,13 +21,13 @@ PACKAGE = ROOT / "minilora"
 # The order in which the source is read: a file imports only what stands above it, or its own package.
 LAYERS = (
     "errors backend tensor differences gradcheck ops kernels nn models lora optim "
-    "files data step train generate plan report formats model cli __main__"
+    "files formats data step train generate plan report model cli __main__"
 ).split()
 ENGINE = LAYERS[: LAYERS.index("optim") + 1]
 NEAR_THE_MACHINE = ("backend", "kernels")  # where array libraries, their dtypes and thread pools are dealt with
 READING_PATH = ("backend", "tensor", "ops", "nn", "models", "lora", "optim")
 OTHER_FAMILIES: tuple[str, ...] = ()  # files of models/ that hold a second, third ... family: a reader needs one
-LINES_OF_THE_READING_PATH = 2_000  # not counting blank ones
+LINES_OF_THE_READING_PATH = 2_300  # not counting blank ones
 SECONDS_TO_IMPORT = 0.3  # beyond what NumPy itself takes
 
 TOP_LEVEL = set("pyproject.toml README.md LICENSE .gitignore .ci minilora tests examples docs".split())
@@ -43,9 +43,12 @@ def layer_of(path: str) -> str:
 
 
 def imports(path: str, source: str) -> Iterator[tuple[str, str]]:
-    """(package, layer) of every import in minilora/`path`, inside functions too: ("numpy", ""), ("minilora", "ops")."""
+    """(package, layer) of every import in minilora/`path`, inside functions too: ("numpy", ""), ("minilora", "ops").
+
+    What stands under `if TYPE_CHECKING:` names types for annotations and is not imported.
+    """
     package = ["minilora", *path.split("/")[:-1]]
-    for node in ast.walk(ast.parse(source)):
+    for node in executed(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -57,6 +60,14 @@ def imports(path: str, source: str) -> Iterator[tuple[str, str]]:
         for name in names:
             top, *rest = name.split(".")
             yield top, rest[0] if top == "minilora" and rest else ""
+
+
+def executed(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a syntax tree, less what only a type checker sees."""
+    yield node
+    for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    for child in node.orelse if for_types else ast.iter_child_nodes(node):
+        yield from executed(child)
 
 
 def out_of_order(sources: dict[str, str]) -> list[str]:
@@ -140,6 +151,7 @@ def test_every_file_imports_only_what_stands_above_it():
         ("backend.py", "import minilora.model"),
         ("lora/merge.py", "from minilora.formats.peft import save"),
         ("nn.py", "import minilora"),
+        ("step.py", "if TYPE_CHECKING:\n    pass\nelse:\n    from .train import loop"),
         ("stray.py", ""),
     ],
 )
@@ -151,6 +163,7 @@ def test_imports_from_above_and_within_a_package_are_allowed():
     fine = {
         "ops/norm.py": "from ..tensor import Tensor\nfrom .linalg import rows\nfrom . import shape",
         "cli.py": "from . import model",
+        "train/table.py": "if TYPE_CHECKING:\n    from ..model import Model",
     }
     assert not out_of_order(fine)
 

@@ -14,21 +14,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from metrics import Score, score
 from prepare import prepare
 
 import minilora as ml
-from minilora.models import KVCache
+from minilora.generate import end_tokens, generate_batch
 
 HERE = Path(__file__).parent
-LONGEST = 48  # tokens of an answer: the longest pronunciation of the dictionary takes 46, and the end one
+LONGEST = 48  # tokens of an answer: the longest pronunciation of the dictionary takes 46, its end one more
 TOGETHER = 32  # words written at once
 SAMPLES = 10  # words shown in the README
 
@@ -39,44 +37,14 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_pronunciations(model: ml.Model, prompts: Sequence[str]) -> list[str]:
-    """The greedy continuation of each prompt up to the end token or the end of the line.
-
-    Prompts of the same length run together, so that a batch needs no padding.
-    """
-    by_length = defaultdict(list)
-    for number, prompt in enumerate(prompts):
-        tokens = model.tokenizer.encode(prompt)
-        by_length[len(tokens)].append((number, tokens))
-    texts = [""] * len(prompts)
-    for group in by_length.values():
-        for start in range(0, len(group), TOGETHER):
-            numbers, tokens = zip(*group[start : start + TOGETHER], strict=True)
-            for number, answer in zip(numbers, greedy(model, np.array(tokens)), strict=True):
-                texts[number] = model.tokenizer.decode(answer).split("\n")[0]
-    return texts
-
-
-def greedy(model: ml.Model, tokens: np.ndarray) -> list[list[int]]:
-    """Continues all rows of (B, T) tokens at once with the likeliest next token, each up to its end token."""
-    end = model.tokenizer.eos_token_id
-    cache = KVCache(len(model.network.blocks), tokens.shape[1] + LONGEST)
-    written = np.empty((len(tokens), 0), int)
-    ended = np.zeros(len(tokens), bool)
-    with ml.no_grad():
-        while not ended.all() and written.shape[1] < LONGEST:
-            logits = model.network.logits(tokens, cache=cache, last=True).data[:, -1]  # (B, V)
-            tokens = ml.to_numpy(logits.argmax(axis=-1))[:, None]
-            written = np.concatenate([written, tokens], axis=1)
-            ended |= tokens[:, 0] == end
-    return [row[: row.index(end)] if end in row else row for row in written.tolist()]
-
-
 def evaluate(model: ml.Model, rows: Sequence[Row], examples: Sequence[Row] = ()) -> tuple[Score, list[str]]:
     """Scores the model on the rows; `examples` are solved rows that each prompt starts with."""
     shown = "".join(f"{row['prompt']}{row['completion']}\n" for row in examples)
-    written = write_pronunciations(model, [shown + row["prompt"] for row in rows])
-    return score(written, [row["references"] for row in rows]), [text.strip() for text in written]
+    prompts = [shown + row["prompt"] for row in rows]
+    end = [*end_tokens(model), "\n"]
+    answers = generate_batch(model, prompts, max_new_tokens=LONGEST, batch_size=TOGETHER, stop=end)
+    written = [str(answer).strip() for answer in answers]
+    return score(written, [row["references"] for row in rows]), written
 
 
 def train_command(model: str, run: Path, options: argparse.Namespace) -> list[str]:

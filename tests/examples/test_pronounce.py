@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "pronounce"))
 import metrics
 import prepare
 import pronounce
-
-import minilora as ml
 
 PHONEMES = st.lists(st.sampled_from(["AA1", "AA0", "B", "K", "T"]), max_size=8)
 
@@ -157,78 +154,43 @@ def test_a_missing_answer_is_refused(written, references):
 # ---------------------------------------------------------------- the run
 
 
-class Letters:
-    """A tokenizer of one token per character; 0 ends a text."""
+class Answers:
+    """Stands in for generation: writes a fixed answer to each prompt, and remembers what it was asked."""
 
-    eos_token_id = 0
+    def __init__(self, answers):
+        self.answers, self.stop = answers, None
 
-    def encode(self, text):
-        return [ord(letter) for letter in text]
-
-    def decode(self, tokens):
-        return "".join(map(chr, tokens))
+    def __call__(self, model, prompts, max_new_tokens, batch_size, stop):
+        self.prompts, self.stop = prompts, stop
+        return [self.answers[prompt.split("\n")[-1]] for prompt in prompts]
 
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 128,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
+CAT = {"prompt": "say c a t:", "completion": " K AE1 T", "references": ["K AE1 T"]}
+HAT = {"prompt": "say h a t:", "completion": " HH AE1 T", "references": ["HH AE1 T"]}
 
 
 @pytest.fixture
-def model():
-    model = ml.new_model(TINY, seed=3, dtype="float64", std=0.5)
-    model.tokenizer = Letters()
-    return model
+def answers(monkeypatch):
+    stand_in = Answers({"say c a t:": " K AE1 T", "say h a t:": " HH AH1 T"})
+    monkeypatch.setattr(pronounce, "generate_batch", stand_in)
+    monkeypatch.setattr(pronounce, "end_tokens", lambda model: [2])
+    return stand_in
 
 
-def test_words_written_together_are_those_written_one_by_one_without_a_cache(model):
-    prompts = ["say c a t:", "say d o g:", "say h o u s e:", "say a x e:"]
-
-    def alone(prompt):
-        tokens = model.tokenizer.encode(prompt)
-        for _ in range(pronounce.LONGEST):
-            tokens.append(int(ml.to_numpy(model.logits(np.array([tokens])))[0, -1].argmax()))
-            if tokens[-1] == 0:
-                break
-        return model.tokenizer.decode(tokens[len(prompt) :]).rstrip("\0").split("\n")[0]
-
-    assert pronounce.write_pronunciations(model, prompts) == [alone(prompt) for prompt in prompts]
+def test_each_word_is_scored_against_its_own_pronunciations(answers):
+    score, written = pronounce.evaluate(None, [CAT, HAT])
+    assert (score.exact_match, score.phoneme_error_rate) == (0.5, pytest.approx(1 / 6))
+    assert written == ["K AE1 T", "HH AH1 T"]
 
 
-def test_what_follows_the_end_token_or_the_end_of_the_line_is_no_answer(model, monkeypatch):
-    answers = {"ab:": "K T", "cd:": "K\nsay", "e:": ""}
-    steps = {prompt: [*answer, "\0", "x"] for prompt, answer in answers.items()}
-
-    def logits(tokens, cache, last):
-        """Writes each prompt's answer letter by letter."""
-        cache.prompts = getattr(cache, "prompts", None) or ["".join(map(chr, row)) for row in tokens]
-        out = np.zeros((len(tokens), 1, 128))
-        for row, prompt in enumerate(cache.prompts):
-            letters = steps[prompt]
-            out[row, 0, ord(letters[min(cache.length, len(letters) - 1)])] = 1
-        cache.advance(1)
-        return ml.Tensor(out)
-
-    monkeypatch.setattr(model.network, "logits", logits)
-    assert pronounce.write_pronunciations(model, list(answers)) == ["K T", "K", ""]
+def test_an_answer_ends_at_an_end_token_or_the_end_of_the_line(answers):
+    pronounce.evaluate(None, [CAT])
+    assert set(answers.stop) == {2, "\n"}
 
 
-def test_solved_examples_stand_before_each_prompt(model, monkeypatch):
-    seen = []
-    monkeypatch.setattr(pronounce, "write_pronunciations", lambda model, prompts: seen.extend(prompts) or [" K AE1 T"])
-    row = {"prompt": "say c a t:", "completion": " K AE1 T", "references": ["K AE1 T"]}
-    score, written = pronounce.evaluate(model, [row], examples=[{"prompt": "say h a t:", "completion": " HH AE1 T"}])
-    assert seen == ["say h a t: HH AE1 T\nsay c a t:"]
-    assert (score.exact_match, written) == (1, ["K AE1 T"])
+def test_solved_examples_stand_before_each_prompt(answers):
+    pronounce.evaluate(None, [CAT], examples=[HAT])
+    assert answers.prompts == ["say h a t: HH AE1 T\nsay c a t:"]
 
 
 RESULTS = {
