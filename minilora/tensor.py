@@ -58,6 +58,7 @@ class Tensor:
     """
 
     __slots__ = ("data", "grad", "source", "trained")
+    __array_ufunc__ = None  # array + tensor is the Tensor's business, not an array of one Tensor per entry
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
         is_array = hasattr(data, "dtype") and hasattr(data, "shape") and not isinstance(data, np.generic)
@@ -151,6 +152,7 @@ class Tensor:
         def __neg__(self) -> Tensor: ...
         def __pow__(self, exponent: float) -> Tensor: ...
         def __matmul__(self, other: Any) -> Tensor: ...
+        def __rmatmul__(self, other: Any) -> Tensor: ...
         def __getitem__(self, index: Any) -> Tensor: ...
         def sum(self, axis: Any = None, keepdims: bool = False) -> Tensor: ...
         def mean(self, axis: Any = None, keepdims: bool = False) -> Tensor: ...
@@ -173,6 +175,10 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Array | None]) -> None:
             _accumulate(destination, grad, borrowed)
         elif destination is not None:
             node, index = destination
+            if node.vjp is None:
+                raise RuntimeError(
+                    f"backward() reached {node.name} a second time, and its graph is freed: run the forward pass again"
+                )
             earlier = node.pending[index]
             node.pending[index] = grad if earlier is None else earlier + grad
             if node.order not in waiting:
@@ -184,10 +190,7 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Array | None]) -> None:
             send(output.source or (output if output.trained else None), grad, borrowed=True)
     while heap:
         _, node = heapq.heappop(heap)
-        if node.vjp is None:
-            raise RuntimeError(
-                f"backward() reached {node.name} a second time, and its graph is freed: run the forward pass again"
-            )
+        assert node.vjp is not None
         arriving = tuple(
             xp.zeros(shape, dtype) if grad is None else grad
             for grad, (shape, dtype, xp) in zip(node.pending, node.outputs, strict=True)
@@ -196,9 +199,9 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Array | None]) -> None:
         destinations = node.destinations
         node.vjp, node.destinations, node.pending = None, (), []  # what backward needed is free from here on
         results = results if isinstance(results, tuple) else (results,)
-        for destination, result in zip(destinations, results, strict=True):
+        for position, (destination, result) in enumerate(zip(destinations, results, strict=True)):
             if result is not None and destination is not None:
-                borrowed = result.base is not None or any(result is grad for grad in arriving)
+                borrowed = result.base is not None or any(result is a for a in (*arriving, *results[:position]))
                 send(destination, result, borrowed)
         del results, arriving
 

@@ -99,6 +99,7 @@ def linear(x: Array, weight: Any, bias: Array | None = None, *, needs: tuple[boo
 def _bind_operators() -> None:
     """Give Tensor the operator @."""
     Tensor.__matmul__ = lambda self, other: matmul(self, other)  # type: ignore[method-assign]
+    Tensor.__rmatmul__ = lambda self, other: matmul(other, self)  # type: ignore[method-assign]
 
 
 _bind_operators()
