@@ -47,8 +47,8 @@ def generate(
 
     temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature), after
     top_k and top_p: see `next_distribution`. seed: same seed, same draws; None draws afresh.
-    stop: token ids and strings that end the completion and are no part of it; None: the model's end tokens, `end_tokens`;
-    a list is all that stops, so [] ignores the end tokens. A string may begin and end inside of tokens.
+    stop: token ids and strings that end the completion and are no part of it; None: the model's end tokens (see
+    `end_tokens`); a list is all that stops, so [] ignores those. A string may begin and end inside of tokens.
     stream: called with each piece of new text that is complete (whole characters, surely before a stop string).
     Raises MiniloraError for an empty prompt, one that does not fit the context with max_new_tokens, or bad options.
     """
@@ -145,7 +145,9 @@ class Settings:
         if not _is_whole(max_new_tokens) or max_new_tokens < 1:
             raise MiniloraError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number of at least 1")
         if not 0 <= temperature < math.inf:
-            raise MiniloraError(f"temperature is {temperature!r}, expected a finite number from 0 (greedy) up, e.g. 0.7")
+            raise MiniloraError(
+                f"temperature is {temperature!r}, expected a finite number from 0 (greedy) up, e.g. 0.7"
+            )
         if top_k is not None and (not _is_whole(top_k) or top_k < 1):
             raise MiniloraError(f"top_k is {top_k!r}, expected a whole number of at least 1, or none")
         if not 0 < top_p <= 1:
@@ -230,8 +232,8 @@ class _Completion:
         total, context = len(self.prompt) + settings.max_new_tokens, model.config.max_position_embeddings
         if total > context:
             raise MiniloraError(
-                f"the prompt's {len(self.prompt)} tokens and max_new_tokens {settings.max_new_tokens} make {total}, over "
-                f"the model's context of {context}: shorten the prompt or lower max_new_tokens"
+                f"the prompt's {len(self.prompt)} tokens and max_new_tokens {settings.max_new_tokens} make {total}, "
+                f"over the model's context of {context}: shorten the prompt or lower max_new_tokens"
             )
         self.settings = settings
         self.random = np.random.default_rng(settings.seed)
@@ -407,21 +409,19 @@ class _Pass:
 
 
 def next_tokens(logits: Array, completions: Sequence[_Completion]) -> np.ndarray:
-    """The next token of each sequence, (B,) on the host, from logits (B, V): the likeliest, or drawn from its distribution."""
+    """The next token of each sequence, the likeliest or a drawn one: logits (B, V) -> (B,) on the host."""
     best = logits.argmax(axis=-1)
     top = to_numpy(logits[array_module(logits).arange(len(logits)), best]).astype(np.float64)
     if not np.isfinite(top).all():  # argmax gives a NaN's place where there is one
         raise MiniloraError(
-            "the model's logits are not finite (NaN or infinite): its weights, or an adapter's, are damaged, or the dtype "
-            "is too narrow for them; try dtype float32"
+            "the model's logits are not finite (NaN or infinite): its weights, or an adapter's, are damaged, or the "
+            "dtype is too narrow for them; try dtype float32"
         )
     chosen = to_numpy(best).astype(np.int64)
     settings = completions[0].settings
     if settings.temperature > 0:
         for row, values in enumerate(to_numpy(logits)):
-            tokens, probabilities = next_distribution(
-                values, settings.temperature, settings.top_k, settings.top_p
-            )
+            tokens, probabilities = next_distribution(values, settings.temperature, settings.top_k, settings.top_p)
             chosen[row] = draw(tokens, probabilities, completions[row].random)
     return chosen
 
@@ -429,7 +429,7 @@ def next_tokens(logits: Array, completions: Sequence[_Completion]) -> np.ndarray
 def next_distribution(
     logits: np.ndarray, temperature: float, top_k: int | None = None, top_p: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that may come next and their probabilities, float64, likeliest first: p = softmax(logits / temperature).
+    """The tokens that may come next, likeliest first, and their probabilities softmax(logits / temperature), float64.
 
     top_k keeps the k largest logits (and all that equal the k-th). Of what is left, renormalised, top_p keeps the
     fewest tokens, likeliest first, whose probabilities sum to at least top_p (Holtzman et al. 2020, "The curious case

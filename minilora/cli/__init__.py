@@ -16,13 +16,13 @@ from typer.core import TyperGroup
 
 from ..errors import MiniloraError
 
-COMMANDS = ("export",)
+COMMANDS = ("train", "export")
 
 
 class Commands(TyperGroup):
     """The group of all commands: bad input of any of them becomes one line on stderr and exit status 1."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()  # a full disk behind stdout is noticed here, not after the exit status was decided
@@ -47,9 +47,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pre
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
-
-        typer.echo(f"minilora {__version__}")
+        typer.echo(f"minilora {import_module('minilora').__version__}")
         raise typer.Exit
 
 
