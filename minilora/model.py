@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -187,34 +188,35 @@ class Model:
         self._set_dropout(is_recording())
         return self.network.loss_sum(tokens, np.where(weights > 0, targets, IGNORED), weights, segments)
 
-    def label_count(self, tokens: Any, labels: Any = None, segments: Any = None) -> int:
-        """How many positions of this batch carry a loss."""
+    def label_count(self, tokens: Any, labels: Any = None, segments: Any = None) -> int | Counter[str]:
+        """How many positions of this batch carry a loss; with set_adapter(rows=...), how many by adapter."""
         _, targets, _ = self._checked(tokens, labels, segments)
-        return int((targets != IGNORED).sum())
+        counts = {name: int(mine.sum()) for name, mine in self._labelled(targets).items() if mine.any()}
+        return counts.get("", 0) if self._adapters.selection.rows is None else Counter(counts)
+
+    def _labelled(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """The positions that carry a loss, (B, T) Booleans: those of each adapter's rows by name, or all under ""."""
+        labelled, rows = targets != IGNORED, self._adapters.selection.rows
+        if rows is None:
+            return {"": labelled}
+        names = dict.fromkeys(name for name in rows if name is not None)
+        return {name: labelled & np.array([row == name for row in rows])[:, None] for name in names}
 
     def _loss_weights(self, targets: np.ndarray, normaliser: float | Mapping[str, float] | None) -> np.ndarray:
         """What each position's loss is multiplied by, (B, T) float64: 1 / normaliser, or each row's adapter's own."""
-        labelled = targets != IGNORED
-        rows = self._adapters.selection.rows
         weights = np.zeros(targets.shape)
-        if rows is None:
-            if isinstance(normaliser, Mapping):
-                raise MiniloraError("a normaliser by adapter name goes with set_adapter(rows=...); pass a number here")
-            total = labelled.sum() if normaliser is None else normaliser
-            weights[labelled] = 1 / total if total else 0
-        else:
-            if len(rows) != len(targets):
-                raise MiniloraError(f"set_adapter(rows=...) names {len(rows)} rows, and the batch has {len(targets)}")
-            for name in dict.fromkeys(row for row in rows if row is not None):
-                mine = labelled & np.array([row == name for row in rows])[:, None]
-                total = (
-                    mine.sum()
-                    if normaliser is None
-                    else normaliser[name]
-                    if isinstance(normaliser, Mapping)
-                    else normaliser
-                )
-                weights[mine] = 1 / total if total else 0
+        for name, mine in self._labelled(targets).items():
+            if not mine.any():
+                continue
+            total = mine.sum() if normaliser is None else normaliser
+            if isinstance(total, Mapping):
+                if name not in total:
+                    whose = f"adapter {name!r}" if name else "one adapter for all rows, which takes a plain number"
+                    raise MiniloraError(f"normaliser names {', '.join(total) or 'nothing'}, expected {whose}")
+                total = total[name]
+            if not 0 < total < np.inf:
+                raise MiniloraError(f"normaliser is {total}, expected the number of label tokens to divide by")
+            weights[mine] = 1 / total
         if not weights.any():
             raise MiniloraError(
                 "the batch has no label: every position is ignored (-100), so there is no loss to train on"
@@ -228,6 +230,9 @@ class Model:
             raise MiniloraError(
                 f"tokens must be integers of shape (B, T), found {tokens.dtype} of shape {tokens.shape}"
             )
+        rows = self._adapters.selection.rows
+        if rows is not None and len(rows) != len(tokens):
+            raise MiniloraError(f"set_adapter(rows=...) names {len(rows)} rows, and the batch has {len(tokens)}")
         labels = tokens if labels is None else to_numpy(labels)
         segments = None if segments is None else to_numpy(segments)
         for name, array in (("labels", labels), ("segments", segments)):

@@ -7,6 +7,8 @@ rounding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,22 +47,22 @@ class TrainStep:
         return loss
 
     def gradients(self, batches: Iterable[MicroBatch | Sequence[Any]]) -> Array:
-        """Set `.grad` to the gradient of the mean loss over all label tokens of all micro-batches, and return that
-        loss.
+        """Set `.grad` to the gradient of the mean loss over all label tokens of all micro-batches; return that loss.
 
         Each micro-batch's sum is divided by the total count of label tokens: a mean of means would weigh tokens
-        unequally.
+        unequally. With set_adapter(rows=...) each adapter's sum is divided by the adapter's own total.
         """
         batches = [MicroBatch(*batch) for batch in batches]
-        total = sum(self.model.label_count(*batch) for batch in batches)
-        if total == 0:
+        counts = [self.model.label_count(*batch) for batch in batches]
+        total = reduce(add, counts) if counts else 0
+        if not total:
             raise MiniloraError(
                 "the batch has no label: every position is ignored (-100), so there is no loss to train on"
             )
         self.optimiser.zero_grad()
         loss: Array | None = None
-        for batch in batches:
-            if self.model.label_count(*batch):
+        for batch, count in zip(batches, counts, strict=True):
+            if count:
                 part = self.model.loss(*batch, normaliser=total)
                 part.backward()
                 loss = part.data if loss is None else loss + part.data
@@ -73,7 +75,7 @@ class TrainStep:
         self.optimiser.step()
 
     def clip(self) -> Array:
-        """The gradients' global norm, a 0-d array, after which they are clipped: for whoever looks at it before the update."""
+        """The gradients' global norm, a 0-d array, after which they are clipped, to be looked at before the update."""
         if self.max_grad_norm is not None:
             self.grad_norm = clip_grad_norm(self.optimiser.parameters, self.max_grad_norm)
         else:
