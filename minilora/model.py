@@ -41,7 +41,6 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
     family = family_of(checkpoint.config)
     config = family.read_config(checkpoint.config)
     used: set[str] = set()
-    dtypes: set[np.dtype] = set()
 
     def source(name: str, shape: tuple[int, ...]) -> Array:
         if name not in checkpoint.tensors:
@@ -56,7 +55,6 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
         used.add(name)
         array = entry.array()
         array = array if wanted is None else cast(array, wanted)
-        dtypes.add(array.dtype)
         return to_device(array, device)
 
     stored = {entry.dtype for entry in checkpoint.tensors.values()}

@@ -70,6 +70,9 @@ class Adapters:
             raise MiniloraError(f"an adapter's name is a word without dots, found {name!r}")
         if name in self.configs:
             raise MiniloraError(f"there is an adapter {name!r} already: delete it first, or choose another name")
+        for field, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
+            if (asked := getattr(config, field)) and asked != plain:
+                raise MiniloraError(f"LoraConfig.{field} is {asked!r}, which is not supported, expected {plain!r}")
         paths = target_names(list(self.linears), config)
         check_patterns(paths, config.rank_pattern, "rank_pattern")
         check_patterns(paths, config.alpha_pattern, "alpha_pattern")

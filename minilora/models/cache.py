@@ -23,6 +23,8 @@ class KVCache:
 
     def _extend(self, store: list[Array | None], layer: int, new: Tensor) -> Tensor:
         batch, time, heads, width = new.shape
+        if self.length + time > self.capacity:
+            raise ValueError(f"the KV cache holds {self.capacity} positions, and {self.length + time} are to be in it")
         held = store[layer]
         if held is None:
             held = store[layer] = array_module(new.data).empty((batch, self.capacity, heads, width), new.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,9 @@ class ConfigReader:
         if parameters is not None and not isinstance(parameters, dict):
             raise MiniloraError(f"config.json has rope parameters {parameters!r}, expected an object")
         theta = (parameters or {}).get("rope_theta", self.raw.get("rope_theta", 10000.0))
+        if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < math.inf:
+            raise MiniloraError(f"config.json has rope_theta = {theta!r}, expected a number above zero")
+        ConfigReader(parameters or {}).refuse("partial_rotary_factor", 1.0)
         return float(theta), parameters
 
 
@@ -89,6 +93,9 @@ def decoder_config(raw: dict[str, Any], **changes: Any) -> ModelConfig:
         )
     if raw.get("head_dim") is None and hidden % heads:
         raise MiniloraError(f"config.json has hidden_size {hidden}, which {heads} attention heads do not divide evenly")
+    head_dim = read.size("head_dim", hidden // heads)
+    if head_dim % 2:
+        raise MiniloraError(f"config.json has head_dim = {head_dim}, expected an even number: rotary turns pairs")
     theta, scaling = read.rope()
     values: dict[str, Any] = {
         "model_type": read.value("model_type", str),
@@ -98,7 +105,7 @@ def decoder_config(raw: dict[str, Any], **changes: Any) -> ModelConfig:
         "num_hidden_layers": read.size("num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": read.size("head_dim", hidden // heads),
+        "head_dim": head_dim,
         "max_position_embeddings": read.size("max_position_embeddings", 2048),
         "norm_eps": read.value("rms_norm_eps", float, 1e-6),
         "tie_word_embeddings": read.value("tie_word_embeddings", bool, False),

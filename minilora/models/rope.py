@@ -22,19 +22,25 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | N
     if kind == "default":
         return frequencies
     assert scaling is not None
-    try:
-        if kind == "linear":
-            return frequencies / float(scaling["factor"])
-        if kind == "llama3":
-            low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-            # Turns that a pair makes within the original context; few turns: a long wavelength, scaled in full.
-            turns = int(scaling["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
-            kept = np.clip((turns - low) / (high - low), 0, 1)
-            return frequencies * (kept + (1 - kept) / float(scaling["factor"]))
-    except KeyError as missing:
-        raise MiniloraError(
-            f"config.json asks for rope scaling {kind!r} without its value {missing}: add it there"
-        ) from None
+
+    def value(name: str) -> float:
+        found = scaling.get(name)
+        if not isinstance(found, int | float) or isinstance(found, bool) or not 0 < found < math.inf:
+            raise MiniloraError(
+                f"config.json asks for rope scaling {kind!r} with {name} = {found!r}, expected a number above zero"
+            )
+        return float(found)
+
+    if kind == "linear":
+        return frequencies / value("factor")
+    if kind == "llama3":
+        low, high = value("low_freq_factor"), value("high_freq_factor")
+        if low >= high:
+            raise MiniloraError(f"config.json has low_freq_factor = {low}, expected less than high_freq_factor, {high}")
+        # Turns that a pair makes within the original context; few turns: a long wavelength, scaled in full.
+        turns = value("original_max_position_embeddings") * frequencies / (2 * math.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return frequencies * (kept + (1 - kept) / value("factor"))
     raise MiniloraError(f"config.json asks for rope scaling {kind!r}; supported are default, linear and llama3")
 
 
