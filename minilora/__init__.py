@@ -12,7 +12,7 @@ Importing it needs NumPy alone; the libraries that read and write files are impo
 from . import ops
 from .backend import to_numpy
 from .errors import MiniloraError
-from .gradcheck import GradientError, dot_product_check, gradcheck, gradcheck_parameters
+from .gradcheck import GradientError, dot_product_check, gradcheck, gradcheck_model, gradcheck_parameters
 from .lora import LoraConfig
 from .model import Model, load_model, new_model
 from .optim import Adam, AdamW, clip_grad_norm, schedule
@@ -39,6 +39,7 @@ __all__ = [
     "clip_grad_norm",
     "dot_product_check",
     "gradcheck",
+    "gradcheck_model",
     "gradcheck_parameters",
     "load_model",
     "new_model",

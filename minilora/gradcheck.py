@@ -23,7 +23,10 @@ tests/test_gradcheck.py holds.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -185,12 +188,11 @@ def gradcheck_parameters(
     seed: int = 0,
     progress: Callable[[str, Report], None] | None = None,
 ) -> dict[str, Report]:
-    """Check the gradients of fn() with respect to named Tensors that it closes over: whole models, a few evaluations
-    each.
+    """Check the gradients of fn() for named Tensors that it closes over, in a few evaluations: for whole models.
 
     groups: {group: names of its parameters}; by default every parameter is a group. Each group is compared along
-    `directions` random directions through all of its parameters at once, and in `entries` random entries of each
-    parameter.
+    `directions` random directions through all of its parameters at once, and in `entries` random entries, of as many
+    different parameters as there are.
     progress: called with each group's Report as it is done.
     Returns a Report per group, wrong ones included, so that a table can show them all: `raise_if_wrong` on each raises.
     MiniloraError as in `gradcheck`.
@@ -202,11 +204,73 @@ def gradcheck_parameters(
     for group, members in groups.items():
         reports[group] = report = Report(f"{name} in {group}", noise=check.numeric.relative_noise)
         report.add([check.direction(check.numeric.random_direction(members)) for _ in range(directions)])
-        for member in members:
-            report.add(check.entries(member, entries))
+        shares = Counter(itertools.islice(itertools.cycle(check.rng.permutation(members).tolist()), entries))
+        for member, share in shares.items():
+            report.add(check.entries(member, share))
         if progress is not None:
             progress(group, report)
     return reports
+
+
+def gradcheck_model(
+    model: Any,
+    tokens: Array,
+    *,
+    adapter: str,
+    labels: Array | None = None,
+    entries: int = 1,
+    directions: int = 1,
+    seed: int = 0,
+    progress: Callable[[str, Report], None] | None = None,
+) -> dict[str, Report]:
+    """Check a model's gradients for one of its adapters on one batch, layer by layer: a Report per decoder block.
+
+    model: a float64 `Model`; tokens, labels (B, T) as for `model.loss`. Otherwise as `gradcheck_parameters`, with a
+    group per block ("model.layers.3") and one for each layer outside of them. Dropout is off. A matrix that is all
+    zero (B before training, where dA = 0 and nothing of A could be checked) is given random values for the while; the
+    adapter and the selection are as before when this returns.
+    """
+    if model.dtype != np.float64:
+        raise MiniloraError(f"gradcheck needs a float64 model, found {model.dtype}: load it with dtype='float64'")
+    parameters: dict[str, Tensor] = model.adapter_parameters(adapter)
+    groups: dict[str, list[str]] = {}
+    for key in parameters:
+        path = key.removeprefix("base_model.model.").partition(".lora_")[0]
+        block = re.match(r".*?\.\d+(?=\.)", path)
+        groups.setdefault(block[0] if block else path, []).append(key)
+    state = model.network.adapter_state
+    slots = [module.adapter for _, module in model.network.named_modules() if getattr(module, "adapter", None)]
+    layers = [slot.layers[adapter] for slot in slots if adapter in slot.layers]
+    empty = [parameter for parameter in parameters.values() if not bool(parameter.data.any())]
+    before = state.selection, model.training_pass
+    trained = [parameter.requires_grad for parameter in parameters.values()]
+    dropout = [layer.dropout for layer in layers]
+    rng = np.random.default_rng(seed)
+    try:
+        model.set_adapter(adapter)
+        for layer in layers:
+            layer.dropout = 0.0
+        for parameter in parameters.values():
+            parameter.requires_grad = True
+        for parameter in empty:
+            parameter.data[...] = random_like(parameter.data, rng) / math.sqrt(parameter.shape[0])
+        return gradcheck_parameters(
+            lambda: model.loss(tokens, labels),
+            parameters,
+            groups=groups,
+            entries=entries,
+            directions=directions,
+            seed=seed,
+            progress=progress,
+        )
+    finally:
+        for parameter in empty:
+            parameter.data[...] = 0.0
+        for parameter, requires_grad in zip(parameters.values(), trained, strict=True):
+            parameter.requires_grad = requires_grad
+        for layer, probability in zip(layers, dropout, strict=True):
+            layer.dropout = probability
+        state.selection, model.training_pass = before
 
 
 def dot_product_check(
@@ -218,8 +282,7 @@ def dot_product_check(
     rtol: float | None = None,
     seed: int = 0,
 ) -> float:
-    """The adjoint test ⟨w, J v⟩ = ⟨Jᵀ w, v⟩ for a random v and several random w (Claerbout 1992, "Earth soundings
-    analysis").
+    """The adjoint test ⟨w, J v⟩ = ⟨Jᵀ w, v⟩, for a random v and several random w (Claerbout 1992, section 5).
 
     Jᵀ w is fn's backward pass. J v is jvp(*directions) where that is given: a linear fn is its own jvp, and the two
     sides then agree to rounding (rtol 1e-12). Otherwise J v comes from differences of the whole output (rtol 1e-7).

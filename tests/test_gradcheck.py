@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import minilora as ml
 from minilora import backend, ops
 from minilora.errors import MiniloraError
-from minilora.gradcheck import GradientError, dot_product_check, gradcheck, gradcheck_parameters
+from minilora.gradcheck import GradientError, dot_product_check, gradcheck, gradcheck_model, gradcheck_parameters
 from minilora.tensor import Primitive, Tensor
+from tests import tiny
+from tests.cases.models import build
 
 FUNCTIONS = {
     "exp": ops.exp,
@@ -299,7 +302,7 @@ def test_parameters_are_checked_in_groups_and_only_the_wrong_group_is_blamed(dev
 
     groups = {"0": names[:2], "1": names[2:]}
     seen = {}
-    reports = gradcheck_parameters(loss, parameters, groups=groups, entries=9, progress=seen.__setitem__)
+    reports = gradcheck_parameters(loss, parameters, groups=groups, entries=18, progress=seen.__setitem__)
     assert seen == reports
     assert not reports["0"].wrong
     assert reports["0"].checked == 18
@@ -308,3 +311,47 @@ def test_parameters_are_checked_in_groups_and_only_the_wrong_group_is_blamed(dev
     reports["0"].raise_if_wrong()
     with pytest.raises(GradientError, match=r"layers\.1\.a"):
         reports["1"].raise_if_wrong()
+
+
+@pytest.mark.parametrize("start", ["B is zero", "trained, with dropout"])
+def test_a_model_is_checked_block_by_block_and_left_as_it_was(device, start):
+    config = ml.LoraConfig(r=2, alpha=4, target_modules=["q_proj", "lm_head"], dropout=0.5 if "dropout" in start else 0)
+    network = build("llama", {"a": config, "b": config}, device)
+    if start == "B is zero":
+        network.add_adapter("a0", config)
+    name = "a0" if start == "B is zero" else "a"
+    network.set_adapter("b")
+    before = {key: tensor.data.copy() for key, tensor in network.adapter_parameters(name).items()}
+    reports = gradcheck_model(network, tiny.tokens(2, 5), adapter=name, entries=4)
+    assert set(reports) == {"model.layers.0", "model.layers.1", "lm_head"}
+    for report in reports.values():
+        report.raise_if_wrong()
+        assert (report.checked, report.directions_checked) == (4, 1)
+        assert report.error < 1e-8
+    assert network.active_adapters == {"b": 1.0}
+    assert all(bool((tensor.data == before[key]).all()) for key, tensor in network.adapter_parameters(name).items())
+    assert all(layer.dropout == config.dropout for layer in network._adapters.layers(name).values())
+
+
+def test_a_wrong_gradient_in_one_block_is_blamed_on_that_block(device):
+    network = build("llama", {"a": ml.LoraConfig(r=2, alpha=4, target_modules=["q_proj"])}, device)
+    linear = network.network.model.layers[1].self_attn.q_proj
+    slot = linear.adapter
+
+    def doubled(y):
+        return y * 1.0, lambda dy: 2 * dy
+
+    def wrong_slot(layer, x):
+        return wrong(doubled)(slot(layer, x.detach())) + (slot(layer, x) - slot(layer, x).detach()) * 0.0
+
+    wrong_slot.layers = slot.layers
+    linear.adapter = wrong_slot
+    reports = gradcheck_model(network, tiny.tokens(2, 5), adapter="a", entries=2)
+    assert reports["model.layers.1"].wrong
+    with pytest.raises(GradientError, match=r"model\.layers\.1"):
+        reports["model.layers.1"].raise_if_wrong()
+
+
+def test_a_float32_model_is_refused(device):
+    with pytest.raises(MiniloraError, match="dtype='float64'"):
+        gradcheck_model(tiny.model("float32").to(device), tiny.tokens(1, 4), adapter="a")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 
@@ -42,6 +43,11 @@ class Case:
     float32: float = 1e-5
     frozen: tuple[int, ...] = ()
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def examples(share: float) -> settings:
+    """This share of the profile's examples, for tests that take long over each."""
+    return settings(max_examples=max(2, int(settings.default.max_examples * share)))
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

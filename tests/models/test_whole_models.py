@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import minilora as ml
 from minilora.models import FAMILIES
 from tests import tiny
+from tests.cases.case import examples
 from tests.cases.models import (
     ARCHITECTURES,
     adapter_gradients,
@@ -28,6 +29,7 @@ def test_every_family_is_among_the_architectures():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@examples(0.3)
 @given(config=lora_configs(), seed=seeds, packed=st.booleans())
 def test_gradients_of_adapters_are_finite_differences(architecture, config, seed, packed, device):
     network = build(architecture, {"a": config}, device, seed)
@@ -36,11 +38,11 @@ def test_gradients_of_adapters_are_finite_differences(architecture, config, seed
     parameters = network.adapter_parameters("a")
     groups = {"all": list(parameters)}
     reports = ml.gradcheck_parameters(
-        lambda: network.loss(ids, labels, segments), parameters, groups=groups, entries=1, directions=2, seed=seed
+        lambda: network.loss(ids, labels, segments), parameters, groups=groups, entries=14, directions=2, seed=seed
     )
     reports["all"].raise_if_wrong()
     assert reports["all"].directions_checked == 2
-    assert reports["all"].checked > len(parameters) / 2
+    assert reports["all"].checked > 7
     assert reports["all"].error < 1e-7
 
 
