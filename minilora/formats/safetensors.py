@@ -179,8 +179,11 @@ def tensor_file(tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | No
 
     def write(path: Path) -> None:
         contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+        path.touch()
+        permissions = path.stat().st_mode  # as the user's umask has them; the library would leave the owner's alone
         try:
             safetensors.numpy.save_file(contiguous, path, metadata=metadata or {"format": "pt"})
+            path.chmod(permissions)
         except safetensors.SafetensorError as error:
             system = re.search(
                 r"os error (\d+)", str(error)

@@ -62,6 +62,7 @@ class Tokenizer:
             return None
         with _library_errors(f"{path / 'tokenizer.json'} is not a tokenizer that the tokenizers library reads"):
             backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            backend.encode("")  # a template around the text that names an unknown token only shows here
         optional = {}
         for name in ("special_tokens_map", "tokenizer_config", "generation_config"):
             optional[name] = read_json_object(file) if (file := path / f"{name}.json").exists() else {}
@@ -188,8 +189,9 @@ def token_ids(value: Any) -> list[int]:
 def _library_errors(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
-        if type(error) is not Exception:  # the tokenizers library raises plain Exception, and nothing else does
+    except BaseException as error:
+        # The tokenizers library raises plain Exception, and where its Rust code gives up PanicException; no other does.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise MiniloraError(f"{what}: {error}") from error
 

@@ -181,6 +181,17 @@ def test_a_malformed_file_is_named(tokenizer, tmp_path, file, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_that_names_an_unknown_token_is_refused(tokenizer, tmp_path):
+    """The library accepts the file and gives up (a Rust panic) at the first text."""
+    tokenizer.save(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    unknown = {"SpecialToken": {"id": "<unknown>", "type_id": 0}}
+    file["post_processor"] = {"type": "TemplateProcessing", "single": [unknown], "pair": [], "special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(MiniloraError, match=r"tokenizer\.json is not a tokenizer that the tokenizers library reads"):
+        Tokenizer.from_directory(tmp_path)
+
+
 # ---------------------------------------------------------------- streaming
 
 
