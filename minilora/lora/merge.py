@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from ..backend import Array, array_module, cast, compute_dtype
 from ..errors import MiniloraError
 from ..ops import CompressedWeight
@@ -44,9 +46,10 @@ class Merge:
             base: Array = linear.weight.data
             wide = compute_dtype(base.dtype)
             total = cast(base, wide)
-            for layer, weight in layers:
-                total = total + layer.delta(wide) * wide.type(weight)
-            result = cast(total, base.dtype)
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
+                for layer, weight in layers:
+                    total = total + layer.delta(wide) * wide.type(weight)
+                result = cast(total, base.dtype)
             xp = array_module(result)
             if not bool(xp.isfinite(cast(result, wide)).all()):
                 raise MiniloraError(
