@@ -7,6 +7,7 @@ function, so that --help answers at once. Exit status: 0 done; 1 a clear line on
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from typer.core import TyperGroup
 
 from ..errors import MiniloraError
 
-COMMANDS = ("train", "export")
+COMMANDS = ("train", "eval", "generate", "merge", "export", "inspect")
 
 
 class Commands(TyperGroup):
@@ -66,4 +67,7 @@ for _name in COMMANDS:
 
 def main() -> None:
     """The entry point of `minilora` and of `python -m minilora`."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of the text shows its number instead
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="minilora")

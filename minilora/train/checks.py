@@ -35,8 +35,8 @@ def check_first_gradients(parameters: Mapping[str, Tensor], pairs: Sequence[tupl
     """Check what B = 0 implies, on the gradients of the first step: the names of each lora_B that gets no gradient.
 
     dA = s · (g B)ᵀ x is exactly 0 where B is; any other value says that a gradient is derived wrongly: MiniloraError.
-    dB = s · gᵀ (x Aᵀ) is 0 only where the layer does not reach the loss, or x or A is 0. That can be meant (in rows of
-    two tokens attention has nothing to choose, so q_proj and k_proj learn nothing): the caller reports it.
+    dB = s · gᵀ (x Aᵀ) is 0 only where the layer does not reach the loss, or x or A is 0. Such a layer learns nothing
+    now, which is no error of the others: the caller reports it.
     """
     for a, _ in pairs:
         grad = parameters[a].grad

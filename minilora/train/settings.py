@@ -1,7 +1,7 @@
 """Settings in a TOML file: what `--config` reads, and what a run leaves behind as minilora.toml, which reads back.
 
-Keys are the command line's long options (`batch_size` or `batch-size`): those of the run (model, data, device ...),
-of the adapter (rank, alpha, targets ...), and the fields of `TrainConfig`.
+Keys are the command line's long options (`batch_size` or `batch-size`), and some that only a file has: `betas`, `eps`,
+`layers` (numbers of the blocks to adapt), `rank_pattern`, `alpha_pattern` and `dora` (fields of `LoraConfig`).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from minilora.errors import MiniloraError
 from minilora.formats.safetensors import (
     open_model_tensors,
     open_safetensors,
+    read_metadata,
     save_checkpoint_tensors,
     save_tensors,
 )
@@ -200,3 +201,21 @@ def test_pickles_alone_are_refused_by_name(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(MiniloraError, match=r"found only pytorch_model\.bin, a pickle that could run code"):
         open_model_tensors(tmp_path)
+
+
+def test_a_file_may_be_read_by_whoever_the_umask_lets(tmp_path):
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "a.safetensors", TENSORS)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_notes_in_the_header_come_back(tmp_path):
+    save_tensors(tmp_path / "a.safetensors", TENSORS, {"training": '{"step": 3}'})
+    assert read_metadata(tmp_path / "a.safetensors") == {"training": '{"step": 3}'}
+    safetensors.numpy.save_file(TENSORS, tmp_path / "b.safetensors")
+    assert read_metadata(tmp_path / "b.safetensors") == {}
+    (tmp_path / "b.safetensors").write_bytes(b"short")
+    with pytest.raises(MiniloraError, match="not a whole safetensors file"):
+        read_metadata(tmp_path / "b.safetensors")
+    with pytest.raises(MiniloraError, match="cannot read"):
+        read_metadata(tmp_path / "missing.safetensors")

@@ -1,0 +1,265 @@
+"""A run that stopped goes on to the numbers of one that did not, and nothing of another run is lost on the way."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+import minilora as ml
+from minilora.errors import MiniloraError
+from minilora.train import TrainingInterrupted
+from minilora.train.folder import Folder, Place, data_checksum
+from minilora.train.progress import Quiet
+from tests.train import made
+
+RUN = {"steps": 10, "batch_size": 4, "accumulate": 2, "warmup": 2, "eval_every": 3, "seed": 5}
+
+
+def run(network, out, call=None, **config):
+    call = {"valid": made.examples(6, seed=1)} | (call or {})
+    return made.train(network, made.examples(22), out=out, call=call, **(RUN | config))
+
+
+def model():
+    return made.model(dropout=0.2)
+
+
+def with_norms():
+    network = model()
+    network.unfreeze(["norm.weight"])
+    return network
+
+
+def at_step(monkeypatch, number, action):
+    """Do something while step `number` is being reported."""
+    step = Quiet.step
+
+    def hooked(show, report):
+        step(show, report)
+        if report.step == number:
+            action()
+
+    monkeypatch.setattr(Quiet, "step", hooked)
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def unbroken(tmp_path):
+    network = model()
+    return run(network, tmp_path / "unbroken"), made.values(network)
+
+
+@pytest.mark.parametrize("stop", [3, 5, 6])  # 3 steps are an epoch; after 6, validation follows
+def test_ctrl_c_finishes_the_step_and_a_resumed_run_has_the_numbers_of_an_unbroken_one(
+    monkeypatch, tmp_path, unbroken, stop
+):
+    expected, values = unbroken
+    with monkeypatch.context() as patch:
+        at_step(patch, stop, press_ctrl_c)
+        with pytest.raises(TrainingInterrupted) as caught:
+            run(model(), tmp_path / "run")
+    assert caught.value.result.steps == stop
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    network = model()
+    result = run(network, tmp_path / "run", {"resume": True})
+    made.assert_same(made.values(network), values)
+    assert (result.steps, result.epochs, result.tokens) == (10, expected.epochs, expected.tokens)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    interrupted = [{k: v for k, v in r.items() if k != "validation_loss"} if r["step"] == stop else r for r in records]
+    unbroken_records = [
+        {k: v for k, v in r.items() if k != "validation_loss"} if r["step"] == stop else r for r in expected.history
+    ]
+    assert made.without_times(interrupted) == made.without_times(unbroken_records)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def test_a_crash_loses_only_what_came_after_the_last_save(monkeypatch, tmp_path, unbroken):
+    expected, values = unbroken
+
+    class CrashError(Exception):
+        pass
+
+    def crash():
+        raise CrashError
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, crash)
+        with pytest.raises(CrashError):
+            run(model(), tmp_path / "run", save_every=5)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 8, "lo')  # the line that was being written
+
+    network = model()
+    result = run(network, tmp_path / "run", {"resume": True}, save_every=5)
+    made.assert_same(made.values(network), values)
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert made.without_times(records) == made.without_times(expected.history)
+    assert (result.best_step, result.best_validation_loss) == (expected.best_step, expected.best_validation_loss)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(monkeypatch, tmp_path):
+    def twice():
+        press_ctrl_c()
+        press_ctrl_c()
+
+    at_step(monkeypatch, 4, twice)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(model(), tmp_path / "run")
+    assert not isinstance(caught.value, TrainingInterrupted)
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(tmp_path):
+    long, short = model(), model()
+    run(long, tmp_path / "long", steps=6, schedule="constant")
+    run(short, tmp_path / "short", steps=4, schedule="constant")
+    with pytest.raises(MiniloraError, match="has taken 4 steps already: raise steps or epochs"):
+        run(model(), tmp_path / "short", {"resume": True}, steps=4, schedule="constant")
+    again = model()
+    run(again, tmp_path / "short", {"resume": True}, steps=6, schedule="constant")
+    made.assert_same(made.values(again), made.values(long))
+
+
+def test_unfrozen_base_parameters_are_resumed_too(monkeypatch, tmp_path):
+    whole = with_norms()
+    run(whole, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, press_ctrl_c)
+        with pytest.raises(TrainingInterrupted):
+            run(with_norms(), tmp_path / "run")
+    resumed = with_norms()
+    run(resumed, tmp_path / "run", {"resume": True})
+    made.assert_same(made.values(resumed), made.values(whole))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 6}, "seed is 6, but the run in .* has 5"),
+        ({"batch_size": 5}, "batch_size is 5, but the run in .* has 4"),
+        ({"packing": True}, "packing is True"),
+    ],
+)
+def test_resuming_with_another_order_of_the_data_is_refused(monkeypatch, tmp_path, change, message):
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, press_ctrl_c)
+        with pytest.raises(TrainingInterrupted):
+            run(model(), tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(MiniloraError, match=message):
+        run(model(), tmp_path / "run", {"resume": True}, **change)
+    with pytest.raises(MiniloraError, match="the training data is not that of the run"):
+        made.train(
+            model(),
+            made.examples(22, seed=9),
+            out=tmp_path / "run",
+            call={"resume": True},
+            **(RUN | {"eval_every": None}),
+        )
+    with pytest.raises(
+        MiniloraError, match=r"has float32 of shape \(3, 24\) for .*expected float32 of shape \(2, 24\)"
+    ):
+        run(made.model(r=2), tmp_path / "run", {"resume": True})
+    with pytest.raises(MiniloraError, match=r"has nothing for model\.norm\.weight"):
+        run(with_norms(), tmp_path / "run", {"resume": True})
+    assert contents(tmp_path / "run") == before
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    run(model(), tmp_path / "run", steps=2, eval_every=None)
+    state = tmp_path / "run" / "training_state.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-10])
+    with pytest.raises(MiniloraError, match="not a whole safetensors file"):
+        run(model(), tmp_path / "run", {"resume": True})
+    state.write_bytes((tmp_path / "run" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(MiniloraError, match="is not a training state that minilora wrote"):
+        run(model(), tmp_path / "run", {"resume": True})
+
+
+def test_an_earlier_run_is_refused_and_stays_whole_unless_it_may_be_replaced(tmp_path):
+    out = tmp_path / "run"
+    run(model(), out, steps=4, save_every=1, keep=2)
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    with pytest.raises(MiniloraError, match=r"holds an earlier run .*--resume.*--overwrite"):
+        run(model(), out, steps=2)
+    assert contents(out) == before
+    run(model(), out, {"overwrite": True}, steps=2, eval_every=None)
+    assert not (out / "checkpoints").exists()
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_cannot_start_does_not_replace_an_earlier_one(tmp_path):
+    run(model(), tmp_path / "run", steps=2)
+    before = contents(tmp_path / "run")
+    with pytest.raises(MiniloraError, match="no label"):
+        made.train(
+            model(),
+            [ml.data.Example(np.array([3, 4]), np.array([-100, -100]))],
+            out=tmp_path / "run",
+            call={"overwrite": True},
+        )
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_file_a_model_or_an_empty_folder_in_the_place_of_a_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MiniloraError, match="is a file, expected a folder"):
+        run(model(), tmp_path / "file")
+    made.model().save(tmp_path / "model")
+    with pytest.raises(MiniloraError, match=r"holds a model \(config\.json\)"):
+        run(model(), tmp_path / "model", {"overwrite": True})
+    with pytest.raises(MiniloraError, match=r"no training_state\.safetensors, so there is no run to resume"):
+        run(model(), tmp_path / "empty", {"resume": True})
+    with pytest.raises(MiniloraError, match="without out"):
+        run(model(), None, {"resume": True})
+    with pytest.raises(MiniloraError, match="resume and overwrite, expected one"):
+        run(model(), tmp_path / "model2", {"resume": True, "overwrite": True})
+
+
+def test_checkpoints_hold_the_last_few_saves_as_adapters(monkeypatch, tmp_path):
+    network, saved = made.model(), {}
+    save = Folder.save
+
+    def spy(folder, place, *arguments):
+        saved[place.step] = made.values(network)
+        save(folder, place, *arguments)
+
+    monkeypatch.setattr(Folder, "save", spy)
+    run(network, tmp_path / "run", save_every=2, keep=2, eval_every=None)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-6", "step-8"]
+    assert list(saved) == [2, 4, 6, 8, 10]
+    for folder, step in ((".", 10), ("checkpoints/step-8", 8), ("checkpoints/step-6", 6)):
+        loaded = made.model()
+        loaded.load_adapter("b", tmp_path / "run" / folder)
+        made.assert_same(made.values(loaded), saved[step])
+
+
+def test_the_checksum_of_the_data_changes_with_every_token_label_and_their_order():
+    rows = made.examples(3)
+    checksum = data_checksum(rows)
+    assert checksum == data_checksum(made.examples(3))
+    tokens, labels = rows[1].tokens.copy(), rows[1].labels.copy()
+    tokens[-1] += 1
+    labels[0] += 1
+    for changed in (
+        [rows[0], ml.data.Example(tokens, rows[1].labels), rows[2]],
+        [rows[0], ml.data.Example(rows[1].tokens, labels), rows[2]],
+        rows[::-1],
+        rows[:2],
+    ):
+        assert data_checksum(changed) != checksum
+    assert Place().data == ""
