@@ -15,7 +15,6 @@ Files that are none of these are left alone.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -108,13 +107,10 @@ class Folder:
         atomic_write(self.path / SETTINGS, text.encode())
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl, which is on the disk when this returns."""
-        line = json.dumps(metrics, allow_nan=False) + "\n"
+        """Add a line to metrics.jsonl; it is in the file when this returns."""
         try:
             with (self.path / METRICS).open("a", encoding="utf-8") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+                file.write(json.dumps(metrics, allow_nan=False) + "\n")
         except OSError as error:
             raise write_error(self.path / METRICS, error) from error
 
