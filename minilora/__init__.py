@@ -9,6 +9,7 @@
 Importing it needs NumPy alone; the libraries that read and write files are imported when a file is.
 """
 
+from . import kernels as kernels  # registers the faster functions of the primitives in ops
 from . import ops
 from .backend import to_numpy
 from .errors import MiniloraError
