@@ -129,7 +129,8 @@ def on_device(device: str) -> Any:
 
 def to_numpy(array: Any) -> np.ndarray:
     """A NumPy array with the values of an array or Tensor (no copy where it is NumPy's already)."""
-    array = getattr(array, "data", array) if not isinstance(array, np.ndarray) else array
+    if hasattr(array, "requires_grad"):  # a Tensor; arrays of either library have a `data` too, which is another thing
+        array = array.data
     cupy = _cupy()
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy.asnumpy(array)
