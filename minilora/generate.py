@@ -112,7 +112,7 @@ def end_tokens(model: Any) -> list[int]:
     for config in (model.generation_config, model.config.raw):
         value = config.get("eos_token_id")
         found.update(item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
-    return sorted(found)
+    return sorted(token for token in found if 0 <= token < model.config.vocab_size)  # others never come
 
 
 # --- options --------------------------------------------------------------------------------------------------------

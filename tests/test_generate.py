@@ -246,7 +246,7 @@ def test_the_end_tokens_are_those_of_the_tokenizer_and_of_both_configs():
     model = texts.model(eos_token_id=[3, 4])
     model.generation_config = {"eos_token_id": 5}
     assert end_tokens(model) == [3, 4, 5, texts.END]
-    model.tokenizer, model.generation_config = None, {}
+    model.tokenizer, model.generation_config = None, {"eos_token_id": [-1, texts.VOCABULARY]}
     assert end_tokens(model) == [3, 4]
 
 

@@ -102,7 +102,8 @@ def merge(model: Model, dtype: str | None, tolerance: float | None) -> dict[str,
     if not difference <= bound:  # NaN is not
         raise MiniloraError(
             f"the merged model's logits differ from those of base and adapter by up to {difference:.3g}, over the "
-            f"{bound:.3g} that rounding to {written} explains: nothing was written; try --dtype float32, or raise --tolerance"
+            f"{bound:.3g} that rounding to {written} explains: nothing was written; try --dtype float32, or a larger "
+            "--tolerance"
         )
     if (moved := float(np.abs(unmerged - base).max())) == 0:
         note("warning: the adapter changes no logit: is it trained?")

@@ -60,7 +60,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         byte = f"byte {error.start + 1} (0x{line[error.start]:02x})"
         raise MiniloraError(f"{where}: {byte} is not UTF-8; expected text in UTF-8; save the file as UTF-8") from error
