@@ -143,8 +143,7 @@ def synchronize(array: Array) -> None:
         array_module(array).cuda.get_current_stream().synchronize()
 
 
-# --- arithmetic that all of the engine shares
-# --------------------------------------------------------------------------
+# --- arithmetic that all of the engine shares ------------------------------------------------------------------------
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
