@@ -14,13 +14,12 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ..backend import memory_bytes
 from ..data import Batch, Dataset, Example, batches
@@ -167,8 +166,7 @@ class _Run:
         config, place, folder = self.config, self.place, self.folder
         self.begun, self.before = time.monotonic(), place.seconds
         self.show.start(place.step, self.total)
-        # What NumPy would warn of ends in a loss or a norm that is not finite, and those are looked at.
-        with _interruptible() as stop, _checkpointing(self.model, config.checkpoint), np.errstate(all="ignore"):
+        with _interruptible() as stop, _checkpointing(self.model, config.checkpoint), _without_numpy_warnings():
             if place.step == 0 and config.eval_every:
                 self.validate({"step": 0, "epoch": 0.0, "tokens": 0}, stop)
             for epoch, index, of, group in self.groups():
@@ -364,3 +362,14 @@ def _checkpointing(model: Model, wanted: bool) -> Iterator[None]:
         yield
     finally:
         model.checkpoint = before
+
+
+@contextmanager
+def _without_numpy_warnings() -> Iterator[None]:
+    """What NumPy would warn of ends in a loss or a norm that is not finite, and those are looked at.
+
+    Not numpy.errstate: that is of one thread, and kernels compute in several.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="minilora")
+        yield
