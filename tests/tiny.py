@@ -80,7 +80,9 @@ def gradients(network: ml.Model, *batch: Any, **options: Any) -> tuple[float, di
     loss = network.loss(*batch, **options)
     loss.backward()
     return float(loss), {
-        name: np.zeros_like(parameter.data) if parameter.grad is None else np.array(parameter.grad)
+        name: np.zeros(parameter.shape, parameter.dtype)
+        if parameter.grad is None
+        else ml.to_numpy(parameter.grad).copy()
         for name, parameter in parameters.items()
     }
 

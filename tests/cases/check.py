@@ -57,6 +57,8 @@ def on_device(value: Any, device: str) -> Any:
         )
     if isinstance(value, tuple):
         return tuple(on_device(item, device) for item in value)
+    if isinstance(value, np.generic) and device != "cpu":
+        return to_device(np.asarray(value), device)  # CuPy has no scalars: a 0-d array stands for one
     return to_device(value, device) if isinstance(value, np.ndarray) else value
 
 

@@ -35,13 +35,17 @@ def binary_calls(draw: st.DrawFn, left: Any = normal, right: Any = normal) -> Ca
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
-def as_tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else Tensor(np.asarray(float(value)))
+def tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    """Two inputs as Tensors, a number made an array of the other's library."""
+    xp = array_module(*(value.data for value in (a, b) if isinstance(value, Tensor)))
+    first, second = (value if isinstance(value, Tensor) else Tensor(xp.asarray(float(value))) for value in (a, b))
+    return first, second
 
 
 def add(a, b):
-    shape = np.broadcast_shapes(as_tensor(a).shape, as_tensor(b).shape)
-    parts = [ops.broadcast_to(as_tensor(part), shape=(1, *shape)) for part in (a, b)]
+    a, b = tensors(a, b)
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    parts = [ops.broadcast_to(part, shape=(1, *shape)) for part in (a, b)]
     return ops.sum(ops.concatenate(*parts, axis=0), axis=0)
 
 
@@ -79,7 +83,7 @@ def tanh(x):
 
 
 def maximum(a, b):
-    a, b = as_tensor(a), as_tensor(b)
+    a, b = tensors(a, b)
     larger = a.data > b.data
     return ops.where(larger, a, b)
 
@@ -343,6 +347,6 @@ CASES = {
             seeds,
             shapes(),
         ),
-        lambda x, *, dtype: ops.mul(x, np.ones((), dtype)),
+        lambda x, *, dtype: ops.mul(x, array_module(x.data).ones((), dtype)),
     ),
 }
