@@ -200,14 +200,11 @@ def test_gradients_under_the_norm_keep_their_bits():
     assert w.grad.dtype == np.float32
 
 
-def test_the_norm_of_large_float32_gradients_does_not_lose_the_small_ones():
+def test_the_norm_of_float32_gradients_does_not_lose_the_small_ones_beside_a_large_one():
     """Sums are taken in float64: beside 1e8, float32 does not notice a thousand squares of 1e-6."""
-    w = parameter(np.full(1000, 1e-3), "float32")
-    set_gradient(w, np.full(1000, 1e-3))
-    other = parameter([1.0], "float32")
-    set_gradient(other, [1e4])
-    norm = float(ml.clip_grad_norm([w, other], math.inf))
-    assert norm == pytest.approx(math.sqrt(1e8 + 1e-3), rel=1e-13)
+    w = parameter(np.zeros(1001), "float32")
+    set_gradient(w, [1e4, *[1e-3] * 1000])
+    assert float(ml.clip_grad_norm([w], math.inf)) == pytest.approx(math.sqrt(1e8 + 1e-3), rel=1e-13)
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------

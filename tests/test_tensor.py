@@ -247,6 +247,16 @@ def test_backward_frees_each_node_as_soon_as_it_was_used():
     assert all(reference() is None for reference in kept.values())
 
 
+def test_a_result_that_is_kept_after_backward_keeps_nothing_below_it():
+    array = watched([1.0])
+    reference = weakref.ref(array)
+    y = ops.exp(Tensor(array, requires_grad=True) * 2.0)
+    del array
+    y.backward()
+    assert y.source is not None
+    assert reference() is None
+
+
 def test_a_dropped_result_frees_its_graph_without_backward():
     array = watched([1.0])
     reference = weakref.ref(array)
@@ -347,19 +357,20 @@ def test_checkpoint_of_nothing_trained_records_nothing():
 
 
 def test_checkpoint_runs_the_function_once_more_in_backward_and_keeps_nothing_until_then():
-    calls = []
+    recorded, kept = [], []
 
     def function(x):
-        calls.append(x.requires_grad)
         saved = watched([2.0])
-        calls.append(weakref.ref(saved))
-        return x * Tensor(saved)
+        kept.append(weakref.ref(saved))
+        y = x * Tensor(saved)
+        recorded.append(y.requires_grad)
+        return y
 
     x = leaf(3.0)
     y = ml.checkpoint(function, x)
-    assert calls[1]() is None
+    assert (recorded, kept[0]()) == ([False], None)
     y.backward()
-    assert len(calls) == 4
+    assert recorded == [False, True]
     assert x.grad.tolist() == [2.0]
 
 

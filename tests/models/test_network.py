@@ -45,10 +45,23 @@ def test_positions_restart_where_the_segment_changes():
 
 
 def test_a_segment_predicts_within_itself_and_padding_predicts_nothing():
-    labels = np.array([[10, 11, 12, 13, 14, 15]])
-    segments = np.array([[0, 1, 1, 2, 2, 0]])
-    assert shifted_labels(labels, None).tolist() == [[11, 12, 13, 14, 15, IGNORED]]
-    assert shifted_labels(labels, segments).tolist() == [[IGNORED, 12, IGNORED, 14, IGNORED, IGNORED]]
+    labels = np.array([[10, 11, 12, 13, 14, 15, 16, 17]])
+    segments = np.array([[0, 0, 1, 1, 2, 2, 0, 0]])
+    assert shifted_labels(labels, None).tolist() == [[11, 12, 13, 14, 15, 16, 17, IGNORED]]
+    assert shifted_labels(labels, segments)[0, [2, 4]].tolist() == [13, 15]
+    assert (shifted_labels(labels, segments)[0, [0, 1, 3, 5, 6, 7]] == IGNORED).all()
+
+
+def test_the_network_sees_the_positions_that_restart(monkeypatch):
+    """Rotary angles are relative, so that the logits alone do not tell."""
+    network, seen = tiny.model(), []
+    embed = network.network.embed
+    monkeypatch.setattr(
+        network.network, "embed", lambda tokens, positions: seen.append(positions) or embed(tokens, positions)
+    )
+    network.logits(tiny.tokens(1, 6), np.array([[1, 1, 2, 2, 2, 0]]))
+    network.logits(tiny.tokens(1, 6))
+    assert [positions.tolist() for positions in seen] == [[[0, 1, 0, 1, 2, 0]], [[0, 1, 2, 3, 4, 5]]]
 
 
 def test_packed_segments_have_the_logits_of_separate_sequences(model):
