@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..errors import MiniloraError
 
@@ -22,8 +23,7 @@ class LoraConfig:
         "all-linear" is every linear layer but the head. `exclude_modules` is matched the same way and wins.
     rank_pattern, alpha_pattern: {pattern: value} overriding r and alpha for the modules that a pattern matches.
     init: "kaiming" (PEFT's default: A uniform in ±1/sqrt(in), B zero), "gaussian" (A normal with standard deviation
-    1/r,
-        B zero), or "zeros" (both zero; only for adapters whose values are loaded afterwards).
+    1/r, B zero), or "zeros" (both zero; only for adapters whose values are loaded afterwards).
 
     Raises MiniloraError for values outside these ranges.
     """
@@ -43,24 +43,30 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] | list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name, rank in [
-            ("r", self.r),
-            *((f"rank_pattern[{key!r}]", value) for key, value in self.rank_pattern.items()),
-        ]:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise _bad(name, getattr(self, name), "{pattern: value}, e.g. {'q_proj': 4}")
+        for name, rank in {"r": self.r, **_entries("rank_pattern", self.rank_pattern)}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise MiniloraError(f"LoraConfig.{name} is {rank!r}, expected a whole number of at least 1, e.g. 8")
-        for name, alpha in [
-            ("alpha", self.alpha),
-            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
-        ]:
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-                raise MiniloraError(f"LoraConfig.{name} is {alpha!r}, expected a finite number, e.g. 16")
-        if not 0.0 <= self.dropout < 1.0:
-            raise MiniloraError(f"LoraConfig.dropout is {self.dropout!r}, expected a probability in [0, 1), e.g. 0.05")
+                raise _bad(name, rank, "a whole number of at least 1, e.g. 8")
+        for name, alpha in {"alpha": self.alpha, **_entries("alpha_pattern", self.alpha_pattern)}.items():
+            if not _is_number(alpha):
+                raise _bad(name, alpha, "a finite number, e.g. 16")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise _bad("dropout", self.dropout, "a probability in [0, 1), e.g. 0.05")
+        if not _is_pattern(self.target_modules):
+            raise _bad("target_modules", self.target_modules, "a list of names or a regular expression")
+        if self.exclude_modules is not None and not _is_pattern(self.exclude_modules):
+            raise _bad("exclude_modules", self.exclude_modules, "a list of names, a regular expression or None")
+        if self.layers_to_transform is not None and not _is_list_of(int, self.layers_to_transform):
+            raise _bad("layers_to_transform", self.layers_to_transform, "a list of block numbers, e.g. [0, 1]")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "True or False")
         if self.init not in INITIALISATIONS:
-            raise MiniloraError(f"LoraConfig.init is {self.init!r}, expected one of {', '.join(INITIALISATIONS)}")
+            raise _bad("init", self.init, f"one of {', '.join(INITIALISATIONS)}")
         if self.bias not in BIAS_MODES:
-            raise MiniloraError(f"LoraConfig.bias is {self.bias!r}, expected one of {', '.join(BIAS_MODES)}")
+            raise _bad("bias", self.bias, f"one of {', '.join(BIAS_MODES)}")
 
     def scale(self, rank: int, alpha: float) -> float:
         """The factor in front of B A: alpha / r (Hu et al. 2021), or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
@@ -69,3 +75,24 @@ class LoraConfig:
     def with_changes(self, **changes: object) -> LoraConfig:
         """A copy with some fields replaced, checked like a new one."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _bad(name: str, value: object, expected: str) -> MiniloraError:
+    return MiniloraError(f"LoraConfig.{name} is {value!r}, expected {expected}")
+
+
+def _entries(field: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of rank_pattern or alpha_pattern, under the names that errors give them."""
+    return {f"{field}[{pattern!r}]": value for pattern, value in values.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list | tuple) and all(type(item) is kind for item in value)
+
+
+def _is_pattern(value: object) -> bool:
+    return isinstance(value, str) or _is_list_of(str, value)

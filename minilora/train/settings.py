@@ -57,6 +57,8 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise MiniloraError(f"{path} has the key {key!r}, which is no setting: {hint}")
         if option in settings:
             raise MiniloraError(f"{path} has {key!r} twice, with - and with _: leave one out")
+        if option in RUN_KEYS and not isinstance(value, str):
+            raise MiniloraError(f"{path} has {key} = {value!r}, expected a text in quotes")
         settings[option] = value
     return settings
 

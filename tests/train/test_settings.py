@@ -61,6 +61,7 @@ def test_dashes_and_underscores_are_the_same_key(tmp_path):
         ("batch-size = 3\nbatch_size = 3", "twice, with - and with _"),
         ("lr = x", "is not TOML: .*line 1"),
         ("[train]\nlr = 1", "has the key 'train'"),
+        ("device = 0", "has device = 0, expected a text in quotes"),
     ],
 )
 def test_a_key_or_line_that_cannot_be_meant_is_named(tmp_path, text, message):
