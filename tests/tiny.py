@@ -12,6 +12,7 @@ import numpy as np
 import minilora as ml
 
 VOCABULARY = 61
+SLIDING_FIRST = ["sliding_attention", "full_attention"]  # of two layers, the first has a window
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,6 +37,35 @@ LLAMA: dict[str, Any] = {
 def llama(**changes: Any) -> dict[str, Any]:
     """The config of a two-layer Llama with 4 query heads on 2 key-value heads, and whatever `changes` say."""
     return LLAMA | changes
+
+
+def mistral(**changes: Any) -> dict[str, Any]:
+    """A Mistral of the same sizes, whose queries see 5 keys."""
+    return llama(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=5) | changes
+
+
+def qwen2(**changes: Any) -> dict[str, Any]:
+    """A Qwen2 of the same sizes: biases on q, k and v."""
+    return llama(architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False) | changes
+
+
+def qwen3(**changes: Any) -> dict[str, Any]:
+    """A Qwen3 of the same sizes: norms on the heads of q and k."""
+    return llama(architectures=["Qwen3ForCausalLM"], model_type="qwen3", use_sliding_window=False) | changes
+
+
+# A config of each family; the windows are shorter than the sequences that tests have.
+FAMILIES = {
+    "llama": llama(),
+    "mistral": mistral(),
+    "qwen2": qwen2(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": qwen3(),
+}
+
+
+def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The config with these keys left out."""
+    return {key: value for key, value in config.items() if key not in keys}
 
 
 def model(dtype: str = "float64", seed: int = 0, **changes: Any) -> ml.Model:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import MiniloraError
-from . import llama
+from . import llama, mistral, qwen2, qwen3
 from .cache import KVCache
 from .causal_lm import CausalLM
 from .config import ModelConfig
@@ -21,6 +21,9 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama.read_config, llama.LlamaForCausalLM),
+    "mistral": Family(mistral.read_config, llama.LlamaForCausalLM),
+    "qwen2": Family(qwen2.read_config, qwen2.Qwen2ForCausalLM),
+    "qwen3": Family(qwen3.read_config, qwen3.Qwen3ForCausalLM),
 }
 
 

@@ -13,7 +13,8 @@ from ..errors import MiniloraError
 class ModelConfig:
     """The sizes and switches of one network; names are Hugging Face's.
 
-    window: keys that a query sees (sliding_window), or None for all before it. rope_scaling: see models/rope.py.
+    window: keys that a query sees (sliding_window), or None for all before it; full_layers: the layers without the
+    window where others have it. rope_scaling: see models/rope.py.
     raw: config.json as it was read, to be written again with the model.
     """
 
@@ -31,9 +32,14 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     window: int | None = None
+    full_layers: tuple[int, ...] = ()
     attention_bias: bool = False
     mlp_bias: bool = False
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def window_of(self, layer: int) -> int | None:
+        """Keys that a query of this layer sees, or None for all before it."""
+        return None if layer in self.full_layers else self.window
 
 
 class ConfigReader:
@@ -67,6 +73,10 @@ class ConfigReader:
             raise MiniloraError(
                 f"config.json has {name} = {found!r}, not supported (supported: {', '.join(map(repr, allowed))})"
             )
+
+    def window(self, default: int) -> int | None:
+        """sliding_window: `default` where it is left out, None where it is null."""
+        return self.size("sliding_window", default) if self.raw.get("sliding_window", default) is not None else None
 
     def rope(self) -> tuple[float, dict[str, Any] | None]:
         """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before it)."""

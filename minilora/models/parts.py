@@ -40,7 +40,7 @@ class SelfAttention(Module):
     ) -> None:
         hidden, width = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.width = config.num_attention_heads, config.num_key_value_heads, width
-        self.layer, self.window, self.scale = layer, config.window, width**-0.5
+        self.layer, self.window, self.scale = layer, config.window_of(layer), width**-0.5
         self.q_proj = Linear.load(weights.at("q_proj"), self.heads * width, hidden, qkv_bias)
         self.k_proj = Linear.load(weights.at("k_proj"), self.kv_heads * width, hidden, qkv_bias)
         self.v_proj = Linear.load(weights.at("v_proj"), self.kv_heads * width, hidden, qkv_bias)

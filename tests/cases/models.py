@@ -15,6 +15,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": tiny.llama(),
     "llama, multi-head, tied head": tiny.llama(num_key_value_heads=4, tie_word_embeddings=True),
     "llama, one key-value head, biases": tiny.llama(num_key_value_heads=1, attention_bias=True, mlp_bias=True),
+    "mistral, window of 3": tiny.mistral(sliding_window=3),
+    "qwen2, window in one layer": tiny.qwen2(use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    "qwen3": tiny.qwen3(),
 }
 
 TARGETS: list[Any] = [

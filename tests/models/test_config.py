@@ -70,6 +70,47 @@ def test_what_cannot_be_had_is_named(changes, message):
 
 
 @pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (tiny.llama(sliding_window=3), [None, None]),
+        (tiny.mistral(), [5, 5]),
+        (tiny.mistral(sliding_window=None), [None, None]),
+        (tiny.without(tiny.mistral(), "sliding_window"), [4096, 4096]),
+        (tiny.qwen2(sliding_window=5, max_window_layers=0), [None, None]),
+        (tiny.qwen2(use_sliding_window=True, sliding_window=5), [None, None]),  # max_window_layers is 28
+        (tiny.qwen2(use_sliding_window=True, max_window_layers=1), [None, 4096]),
+        (tiny.qwen3(use_sliding_window=True, sliding_window=5, max_window_layers=0), [5, 5]),
+        (tiny.qwen3(use_sliding_window=True, sliding_window=5, layer_types=tiny.SLIDING_FIRST), [5, None]),
+    ],
+)
+def test_every_layer_has_the_window_that_the_config_gives_it(config, windows):
+    read_config = family_of(config).read_config(config)
+    assert [read_config.window_of(layer) for layer in range(2)] == windows
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (tiny.mistral(sliding_window=0), "sliding_window = 0, expected at least 1"),
+        (tiny.mistral(sliding_window="all"), "sliding_window = 'all', expected a int"),
+        (tiny.mistral(layer_types=tiny.SLIDING_FIRST), "layer_types, which a mistral model does not follow"),
+        (tiny.mistral(hidden_act="gelu"), "hidden_act = 'gelu'"),
+        (tiny.without(tiny.mistral(num_attention_heads=6), "num_key_value_heads"), "6 attention heads and 8 key-value"),
+        (tiny.qwen2(use_sliding_window="yes"), "use_sliding_window = 'yes'"),
+        (tiny.qwen2(use_sliding_window=True, max_window_layers="x"), "max_window_layers = 'x'"),
+        (tiny.qwen2(layer_types=["full_attention"]), "layer_types = .*expected 2 entries"),
+        (tiny.qwen2(layer_types="full_attention"), "layer_types = 'full_attention'"),
+        (tiny.qwen3(layer_types=["full_attention", "chunked_attention"]), "layer_types = .*each 'full_attention' or"),
+        (tiny.qwen3(sliding_window=5, layer_types=tiny.SLIDING_FIRST), "no window: set use_sliding_window"),
+        (tiny.qwen3(attention_bias=1), "attention_bias = 1, expected a bool"),
+    ],
+)
+def test_what_a_family_cannot_have_is_named(config, message):
+    with pytest.raises(MiniloraError, match=message):
+        family_of(config).read_config(config)
+
+
+@pytest.mark.parametrize(
     ("scaling", "message"),
     [
         ({"rope_type": "yarn", "factor": 2.0}, "'yarn'; supported are default, linear and llama3"),

@@ -18,6 +18,9 @@ MODELS = {
     "llama": tiny.llama(),
     "llama, multi-head, tied head": tiny.llama(num_key_value_heads=4, tie_word_embeddings=True),
     "llama, biases, wide heads": tiny.llama(attention_bias=True, mlp_bias=True, head_dim=10),
+    "mistral": tiny.mistral(),
+    "qwen2": tiny.qwen2(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": tiny.qwen3(),
 }
 ADAPTERS = {
     "all linear": ml.LoraConfig(r=3, alpha=7),

@@ -35,6 +35,19 @@ CONFIGS = {
     "attention_bias": tiny.llama(attention_bias=True),
     "mlp_bias": tiny.llama(mlp_bias=True),
     "eps": tiny.llama(rms_norm_eps=0.1),
+    "mistral": tiny.mistral(),
+    "mistral, no window": tiny.mistral(sliding_window=None),
+    "mistral, defaults": tiny.without(tiny.mistral(num_attention_heads=8), "num_key_value_heads", "sliding_window"),
+    "qwen2": tiny.qwen2(),
+    "qwen2, tied head": tiny.qwen2(tie_word_embeddings=True),
+    "qwen2, a window that is not used": tiny.qwen2(sliding_window=5, max_window_layers=0),
+    "qwen2, window from a layer on": tiny.qwen2(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen2, no window that is used": tiny.qwen2(use_sliding_window=True, sliding_window=None, max_window_layers=0),
+    "qwen2, layer_types": tiny.qwen2(use_sliding_window=True, sliding_window=5, layer_types=tiny.SLIDING_FIRST),
+    "qwen3": tiny.qwen3(),
+    "qwen3, attention_bias": tiny.qwen3(attention_bias=True),
+    "qwen3, head_dim left out": tiny.without(tiny.qwen3(num_attention_heads=2, num_key_value_heads=1), "head_dim"),
+    "qwen3, layer_types": tiny.qwen3(use_sliding_window=True, sliding_window=5, layer_types=tiny.SLIDING_FIRST),
 }
 TOKENS = tiny.tokens(2, 13)
 
@@ -66,7 +79,7 @@ def test_transformers_as_it_is_computes_a_float64_model_in_part_in_float32(name,
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama", "tied head", "attention_bias", "mlp_bias"])
+@pytest.mark.parametrize("name", ["llama", "tied head", "attention_bias", "mlp_bias", "mistral", "qwen2", "qwen3"])
 def test_half_precision_weights_are_computed_with_in_float32(name, dtype, checkpoint):
     path = checkpoint(CONFIGS[name], dtype)
     model = ml.load_model(path)
@@ -92,6 +105,15 @@ def test_a_config_of_before_transformers_5_means_the_same(name, checkpoint):
     (path / "config.json").write_text(json.dumps(config))
     assert np.array_equal(ml.load_model(path).logits(TOKENS), logits)
     assert tiny.relative_error(logits, reference_logits(reference_model(path, "float32"), TOKENS)) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith(("mistral", "qwen", "gpt2"))])
+def test_a_config_that_leaves_out_the_rest_means_what_transformers_takes_it_for(name, checkpoint):
+    """What transformers writes has every key; here both read the few that are given, defaults and all."""
+    path = checkpoint(CONFIGS[name], "float32")
+    (path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    expected = reference_logits(reference_model(path, "float32"), TOKENS)
+    assert tiny.relative_error(ml.load_model(path).logits(TOKENS), expected) < 1e-5
 
 
 def test_positions_far_into_the_context_agree(checkpoint, float64_transformers):

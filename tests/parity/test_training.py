@@ -21,6 +21,9 @@ STEPS, WARMUP, RATE, DECAY, MAX_NORM = 20, 5, 2e-2, 0.1, 0.5
 MODELS = {
     "llama": tiny.llama(),
     "llama, multi-head, tied head": tiny.llama(num_key_value_heads=4, tie_word_embeddings=True),
+    "mistral": tiny.mistral(),
+    "qwen2": tiny.qwen2(),
+    "qwen3": tiny.qwen3(),
 }
 CONFIG = ml.LoraConfig(r=4, alpha=8)
 

@@ -1,0 +1,110 @@
+"""What holds for every family: the KV cache, saving, windows, adapters on all its linear layers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import minilora as ml
+from minilora.errors import MiniloraError
+from minilora.generate import generate_batch
+from minilora.models import FAMILIES, KVCache
+from minilora.tensor import no_grad
+from tests import tiny
+
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+TOKENS = tiny.tokens(2, 13)
+
+
+def network(family: str, dtype: str = "float64") -> ml.Model:
+    return ml.new_model(tiny.FAMILIES[family], dtype=dtype, std=0.3)
+
+
+def test_no_family_is_missing():
+    assert set(tiny.FAMILIES) == set(FAMILIES)
+
+
+@families
+@pytest.mark.parametrize("pieces", [(1,) * 13, (4, 1, 7, 1)])
+def test_logits_through_the_cache_are_those_of_one_pass(family, pieces):
+    model = network(family)
+    cache, found, start = KVCache(2, capacity=13), [], 0
+    with no_grad():
+        for piece in pieces:
+            found.append(model.network.logits(TOKENS[:, start : start + piece], cache=cache).data)
+            start += piece
+    np.testing.assert_allclose(np.concatenate(found, axis=1), model.logits(TOKENS), rtol=1e-11, atol=1e-11)
+
+
+@families
+def test_a_prompt_that_is_filled_up_on_the_left_has_the_completion_that_it_has_alone(family):
+    model = network(family)
+    prompts = [[5, 9, 1, 33, 7, 12, 8], [4, 8]]
+    assert generate_batch(model, prompts, 12, stop=[]) == [model.generate(p, 12, stop=[]) for p in prompts]
+
+
+@families
+def test_packed_sequences_have_the_logits_of_separate_ones(family):
+    model = network(family)
+    first, second = tiny.tokens(1, 6, seed=1), tiny.tokens(1, 7, seed=2)
+    logits = model.logits(np.concatenate([first, second], axis=1), np.array([[1] * 6 + [2] * 7]))
+    np.testing.assert_allclose(logits[:, :6], model.logits(first), rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(logits[:, 6:], model.logits(second), rtol=1e-11, atol=1e-11)
+
+
+@families
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_saved_and_loaded_has_the_same_logits(family, tied, tmp_path):
+    model = ml.new_model(tiny.FAMILIES[family] | {"tie_word_embeddings": tied}, dtype="float32", std=0.3)
+    model.save(tmp_path)
+    again = ml.load_model(tmp_path)
+    assert again.config == model.config
+    assert np.array_equal(again.logits(TOKENS), model.logits(TOKENS))
+
+
+@families
+def test_all_linear_is_every_linear_but_the_head_and_each_of_them_counts(family):
+    model = network(family)
+    base = model.logits(TOKENS)
+    tiny.add_random_adapter(model, "a", ml.LoraConfig(r=2))
+    adapted = set(model._adapters.layers("a"))
+    assert adapted == set(model._adapters.linears) - {"lm_head"}
+    _, gradients = tiny.gradients(model, TOKENS)
+    assert all(np.linalg.norm(gradient) > 0 for gradient in gradients.values())
+    merged = model.logits(TOKENS)
+    assert tiny.relative_error(merged, base) > 1e-2
+    model.merge_adapter("a")
+    assert tiny.relative_error(model.logits(TOKENS), merged) < 1e-12
+    model.unmerge_adapter()
+    assert np.array_equal(model.logits(TOKENS), base)
+
+
+@families
+def test_a_tensor_that_the_family_has_no_place_for_is_named(family, tmp_path):
+    other = next(name for name in tiny.FAMILIES if name not in (family, "llama", "mistral"))
+    network(other, "float32").save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny.FAMILIES[family]))
+    with pytest.raises(MiniloraError, match=r"has no place for, first |has no tensor "):
+        ml.load_model(tmp_path)
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_lies_before_the_windows_of_all_layers_has_no_influence():
+    """Two layers that look 4 back each: position 9 is the first that position 0 cannot reach."""
+    model = network("mistral")
+    changed = TOKENS.copy()
+    changed[:, 0] = (changed[:, 0] + 1) % tiny.VOCABULARY
+    before, after = model.logits(TOKENS), model.logits(changed)
+    assert np.array_equal(before[:, 9:], after[:, 9:])
+    assert (before[:, :9] != after[:, :9]).any(axis=-1).all()
+
+
+def test_a_layer_without_the_window_reaches_back_to_the_start():
+    model = network("qwen2")  # the first layer sees everything, the second 5 positions
+    changed = TOKENS.copy()
+    changed[:, 0] = (changed[:, 0] + 1) % tiny.VOCABULARY
+    assert (model.logits(TOKENS) != model.logits(changed)).any(axis=-1).all()
