@@ -13,7 +13,7 @@ import numpy as np
 from .backend import Array, cast, compute_dtype, dtype_of, parse_device, to_device, to_numpy
 from .errors import MiniloraError
 from .lora import PEFT_PREFIX, Adapters, LoraConfig, Merge
-from .lora.targets import matches, shortest_patterns
+from .lora.targets import selected, shortest_patterns
 from .models import CausalLM, ModelConfig, family_of
 from .models.causal_lm import IGNORED, shifted_labels
 from .nn import Linear, Weights
@@ -223,7 +223,7 @@ class Model:
 
     def _checked(self, tokens: Any, labels: Any, segments: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """tokens, shifted targets and segments as (B, T) NumPy arrays; MiniloraError if they do not fit this model."""
-        tokens = to_numpy(tokens)
+        tokens = _rectangle("tokens", tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] == 0:
             raise MiniloraError(
                 f"tokens must be integers of shape (B, T), found {tokens.dtype} of shape {tokens.shape}"
@@ -231,8 +231,8 @@ class Model:
         rows = self._adapters.selection.rows
         if rows is not None and len(rows) != len(tokens):
             raise MiniloraError(f"set_adapter(rows=...) names {len(rows)} rows, and the batch has {len(tokens)}")
-        labels = tokens if labels is None else to_numpy(labels)
-        segments = None if segments is None else to_numpy(segments)
+        labels = tokens if labels is None else _rectangle("labels", labels)
+        segments = None if segments is None else _rectangle("segments", segments)
         for name, array in (("labels", labels), ("segments", segments)):
             if array is not None and (array.shape != tokens.shape or array.dtype.kind not in "iu"):
                 raise MiniloraError(
@@ -338,10 +338,7 @@ class Model:
 
     def merge_adapter(self, which: str | Mapping[str, float]) -> None:
         """Put the adapter's ΔW (or a weighted sum of several) into the base's weights; then no adapter is selected."""
-        weights = {which: 1.0} if isinstance(which, str) else dict(which)
-        for name in weights:
-            self._adapters.check(name)
-        self._merge.merge(self._adapters, weights)
+        self._merge.merge(self._adapters, self._adapters.weighted(which))
         self._adapters.select(None)
 
     def unmerge_adapter(self) -> None:
@@ -360,21 +357,15 @@ class Model:
 
         They become writable copies in the network's dtype. A pattern without a match is a MiniloraError.
         """
-        import re
-
         names = dict(self.network.named_parameters())
-        if isinstance(pattern, str):
-            chosen = [name for name in names if re.fullmatch(pattern, name)]
-        else:
-            chosen = [name for name in names if any(matches(name, part) for part in pattern)]
-        if not chosen:
-            raise MiniloraError(f"unfreeze: {pattern!r} matches no parameter; they are named like {next(iter(names))}")
+        chosen = selected(list(names), pattern, "unfreeze", "parameter")
         for name in chosen:
-            parameter = names[name]
-            if isinstance(parameter.data, CompressedWeight):
+            if isinstance(names[name].data, CompressedWeight):
                 raise MiniloraError(
                     f"{name} is stored compressed and cannot be trained: load the model with dtype='float32'"
                 )
+        for name in chosen:
+            parameter = names[name]
             parameter.data = cast(parameter.data, self.dtype).copy()
             parameter.requires_grad = True
         return chosen
@@ -407,6 +398,14 @@ class Model:
             tensors[name] = to_numpy(data.T if transposed else data)
         config = dict(self.config.raw) | {"tie_word_embeddings": self.network.head_is_tied}
         save_checkpoint(Path(path), config, tensors, self.tokenizer, self.generation_config)
+
+
+def _rectangle(name: str, rows: Any) -> np.ndarray:
+    """The rows as one NumPy array; MiniloraError where their lengths differ."""
+    try:
+        return to_numpy(rows)
+    except ValueError:
+        raise MiniloraError(f"the rows of {name} differ in length: pad them to one, with segments 0 there") from None
 
 
 __all__ = ["PEFT_PREFIX", "Model", "load_model", "new_model"]

@@ -67,8 +67,8 @@ class Adapters:
         values: PEFT key -> array to use instead of a random start; they must fit one to one. Nothing changes on an
         error.
         """
-        if not name or "." in name:
-            raise MiniloraError(f"an adapter's name is a word without dots, found {name!r}")
+        if not isinstance(name, str) or not name or "." in name:
+            raise MiniloraError(f"an adapter's name is {name!r}, expected a text without dots")
         if name in self.configs:
             raise MiniloraError(f"there is an adapter {name!r} already: delete it first, or choose another name")
         for field, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
@@ -137,12 +137,17 @@ class Adapters:
                     self.check(name)
             self.state.selection = Selection(rows=tuple(rows))
             return
-        weights = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
+        weights = self.weighted({} if which is None else which)
+        self.state.selection = Selection(weights=tuple(weights.items()))
+
+    def weighted(self, which: str | Mapping[str, float]) -> dict[str, float]:
+        """{name: weight} of one adapter or a weighted sum; MiniloraError for a name or a weight that cannot be."""
+        weights = {which: 1.0} if isinstance(which, str) else dict(which)
         for name, weight in weights.items():
             self.check(name)
-            if not np.isfinite(weight):
-                raise MiniloraError(f"the weight of adapter {name!r} is {weight}, expected a finite number")
-        self.state.selection = Selection(weights=tuple((name, float(weight)) for name, weight in weights.items()))
+            if not isinstance(weight, int | float | np.number) or not np.isfinite(weight):
+                raise MiniloraError(f"the weight of adapter {name!r} is {weight!r}, expected a finite number")
+        return {name: float(weight) for name, weight in weights.items()}
 
     def parameters(self, name: str) -> dict[str, Tensor]:
         """Adapter `name`'s Tensors by PEFT key, in the order of the layers."""

@@ -30,6 +30,8 @@ class Merge:
         """Replace the weights of all adapted layers. Everything is computed and checked before anything is replaced."""
         if self.active:
             raise MiniloraError("an adapter is merged already: unmerge_adapter() first")
+        if not weights:
+            raise MiniloraError("found no adapter to merge, expected a name, or {name: weight}")
         merged: dict[str, Tensor] = {}
         for path, linear in adapters.linears.items():
             layers = [

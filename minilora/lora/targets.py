@@ -19,20 +19,19 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
-def _selected(names: Sequence[str], patterns: str | Iterable[str], field: str) -> set[str]:
-    """The names that a list (by suffix) or a string (a regular expression for all of it) selects; none is idle."""
-    if isinstance(patterns, str):
-        found = {name for name in names if _fullmatch(patterns, name, field)}
-        if not found:
-            raise MiniloraError(f"{field} {patterns!r} matches no linear layer; {_examples(names, patterns)}")
-        return found
-    found = set()
-    for pattern in patterns:
-        hits = {name for name in names if matches(name, pattern)}
+def selected(names: Sequence[str], patterns: str | Iterable[str], field: str, kind: str = "linear layer") -> list[str]:
+    """The names that a list (by suffix) or a string (a regular expression for all of it) selects, in their order.
+
+    Raises MiniloraError for a pattern that selects none; `field` and `kind` say in it what was asked for, of what.
+    """
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        whole = isinstance(patterns, str)
+        hits = {name for name in names if (_fullmatch(pattern, name, field) if whole else matches(name, pattern))}
         if not hits:
-            raise MiniloraError(f"{field} {pattern!r} matches no linear layer; {_examples(names, pattern)}")
+            raise MiniloraError(f"{field} {pattern!r} matches no {kind}; {_examples(names, pattern, kind)}")
         found |= hits
-    return found
+    return [name for name in names if name in found]
 
 
 def _fullmatch(pattern: str, name: str, field: str) -> bool:
@@ -42,11 +41,11 @@ def _fullmatch(pattern: str, name: str, field: str) -> bool:
         raise MiniloraError(f"{field} {pattern!r} is not a regular expression: {error}") from None
 
 
-def _examples(names: Sequence[str], pattern: str) -> str:
-    suffixes = sorted({name.rpartition(".")[2] for name in names})
-    close = difflib.get_close_matches(pattern, suffixes, n=1)
+def _examples(names: Sequence[str], pattern: str, kind: str = "linear layer") -> str:
+    endings = sorted({re.search(r"[^.]*(\.(weight|bias))?$", name)[0] for name in names})  # type: ignore[index]
+    close = difflib.get_close_matches(pattern, endings, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}the model's linear layers end in {', '.join(suffixes)}"
+    return f"{hint}the model's {kind}s end in {', '.join(endings)}"
 
 
 def layer_number(name: str) -> int | None:
@@ -63,9 +62,9 @@ def target_names(names: Sequence[str], config: LoraConfig) -> list[str]:
     if config.target_modules == ALL_LINEAR:
         chosen = {name for name in names if not matches(name, HEAD)}
     else:
-        chosen = _selected(names, config.target_modules, "target_modules")
+        chosen = set(selected(names, config.target_modules, "target_modules"))
     if config.exclude_modules:
-        chosen -= _selected(names, config.exclude_modules, "exclude_modules")
+        chosen -= set(selected(names, config.exclude_modules, "exclude_modules"))
     if config.layers_to_transform is not None:
         wanted = set(config.layers_to_transform)
         missing = wanted - {layer_number(name) for name in chosen}

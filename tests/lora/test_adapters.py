@@ -82,16 +82,25 @@ def test_removing_one_of_several_selected_leaves_the_bare_base(model, chosen):
     ("action", "message"),
     [
         (lambda m: m.add_adapter("a"), "an adapter 'a' already"),
-        (lambda m: m.add_adapter("x.y"), "without dots, found 'x.y'"),
-        (lambda m: m.add_adapter(""), "found ''"),
+        (lambda m: m.add_adapter("x.y"), "name is 'x.y', expected a text without dots"),
+        (lambda m: m.add_adapter(""), "name is ''"),
+        (lambda m: m.add_adapter(3), "name is 3"),
         (lambda m: m.set_adapter("c"), "no adapter 'c'; the model has 'a'"),
         (lambda m: m.set_adapter({"a": 1.0, "c": 1.0}), "no adapter 'c'"),
         (lambda m: m.set_adapter({"a": float("nan")}), "weight of adapter 'a' is nan"),
+        (lambda m: m.set_adapter({"a": "half"}), "weight of adapter 'a' is 'half', expected a finite number"),
         (lambda m: m.set_adapter(rows=["a", "c"]), "no adapter 'c'"),
         (lambda m: m.set_adapter("a", rows=["a"]), "found both"),
         (lambda m: m.delete_adapter("c"), "no adapter 'c'"),
         (lambda m: m.adapter_parameters("c"), "no adapter 'c'"),
         (lambda m: m.merge_adapter("c"), "no adapter 'c'"),
+        (lambda m: m.merge_adapter({"a": float("inf")}), "weight of adapter 'a' is inf"),
+        (lambda m: m.merge_adapter({}), "found no adapter to merge"),
+        (lambda m: m.unfreeze("(("), r"unfreeze '\(\(' is not a regular expression"),
+        (lambda m: m.unfreeze("nowhere"), "unfreeze 'nowhere' matches no parameter; the model's parameters end in"),
+        (lambda m: m.unfreeze(["norm.weight", "q_pro.weight"]), "'q_pro.weight' .* did you mean 'q_proj.weight'"),
+        (lambda m: m.logits([[3, 4], [5]]), "rows of tokens differ in length"),
+        (lambda m: m.loss([[3, 4], [5, 6]], labels=[[3], [5, 6]]), "rows of labels differ in length"),
         (lambda m: m.add_adapter("b", ml.LoraConfig(target_modules=["nowhere"])), "'nowhere' matches no linear layer"),
         (lambda m: m.add_adapter("b", ml.LoraConfig(use_dora=True)), "use_dora is True, which is not supported"),
         (lambda m: m.add_adapter("b", ml.LoraConfig(bias="all")), "bias is 'all', which is not supported"),
@@ -105,6 +114,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(model, action, message):
         action(model)
     assert list(model.adapters) == ["a"]
     assert model.active_adapters == {"a": 1.0}
+    assert set(model.parameters()) == set(model.adapter_parameters("a"))
     assert np.array_equal(model.logits(tiny.tokens()), before)
 
 
