@@ -28,7 +28,7 @@ def _cupy() -> ModuleType | None:
 
 
 def array_module(*arrays: Array) -> ModuleType:
-    """numpy or cupy: the library that the first array among the arguments belongs to (numpy for none)."""
+    """cupy if any of the arguments is an array of CuPy's, else numpy; numbers and None may be among them."""
     cupy = _cupy()
     if cupy is not None and any(isinstance(array, cupy.ndarray) for array in arrays):
         return cupy
@@ -153,11 +153,7 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 
 def add_at(target: Array, index: Array, values: Array) -> None:
     """target[index] += values along the first axis, repeated indices adding up (the transpose of target[index])."""
-    xp = array_module(target)
-    if xp is np:
-        np.add.at(target, index, values)
-    else:
-        xp.add.at(target, index, values)  # CuPy: atomic additions
+    array_module(target).add.at(target, index, values)  # CuPy's additions are atomic, so their order is not fixed
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .errors import MiniloraError
 from .lora import PEFT_PREFIX, Adapters, LoraConfig, Merge
 from .lora.targets import selected, shortest_patterns
 from .models import CausalLM, ModelConfig, family_of
-from .models.causal_lm import IGNORED, shifted_labels
+from .models.causal_lm import IGNORED, NO_LABEL, shifted_labels
 from .nn import Linear, Weights
 from .ops import CompressedWeight
 from .tensor import Tensor, is_recording, no_grad
@@ -216,9 +216,7 @@ class Model:
                 raise MiniloraError(f"normaliser is {total}, expected the number of label tokens to divide by")
             weights[mine] = 1 / total
         if not weights.any():
-            raise MiniloraError(
-                "the batch has no label: every position is ignored (-100), so there is no loss to train on"
-            )
+            raise MiniloraError(NO_LABEL)
         return weights
 
     def _checked(self, tokens: Any, labels: Any, segments: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -135,7 +135,7 @@ def global_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> Array:
 
 
 def clip_grad_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor], max_norm: float) -> Array:
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)) and return norm, theirs before (Pascanu et al. 2013)."""
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)); the global norm before that (Pascanu et al. 2013)."""
     parameters = named(parameters)
     norm = global_norm(parameters)
     factor = array_module(norm).minimum(1.0, max_norm / (norm + 1e-6))

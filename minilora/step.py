@@ -15,6 +15,7 @@ import numpy as np
 
 from .backend import Array
 from .errors import MiniloraError
+from .models.causal_lm import NO_LABEL
 from .optim import AdamW, clip_grad_norm, global_norm
 
 
@@ -56,9 +57,7 @@ class TrainStep:
         counts = [self.model.label_count(*batch) for batch in batches]
         total = reduce(add, counts) if counts else 0
         if not total:
-            raise MiniloraError(
-                "the batch has no label: every position is ignored (-100), so there is no loss to train on"
-            )
+            raise MiniloraError(NO_LABEL)
         self.optimiser.zero_grad()
         loss: Array | None = None
         for batch, count in zip(batches, counts, strict=True):

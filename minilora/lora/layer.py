@@ -25,15 +25,17 @@ class Selection:
     weights: (name, weight) pairs; empty: the bare base. rows: an adapter's name or None for each row, instead of
     weights.
     dropout_pass: the number that this pass's dropout masks are drawn from; None: no dropout (evaluation).
+    part: sets the masks of one part of the pass apart from another's, where a layer is called on its rows in parts.
     """
 
     weights: tuple[tuple[str, float], ...] = ()
     rows: tuple[str | None, ...] | None = None
     dropout_pass: int | None = None
+    part: int = 0
 
-    def at_rows(self, index: np.ndarray) -> Selection:
-        """The selection for a batch made of these rows of this one, repeated as they come."""
-        return self if self.rows is None else replace(self, rows=tuple(self.rows[row] for row in index))
+    def at_rows(self, index: np.ndarray, part: int) -> Selection:
+        """The selection for a part of the pass that is made of these rows of this batch, repeated as they come."""
+        return replace(self, rows=self.rows and tuple(self.rows[row] for row in index), part=part)
 
 
 class LoraLayer:
@@ -108,7 +110,7 @@ class AdapterSlot:
         """weight · ΔW x, (..., in) -> (..., out), with the adapter's dropout on x while training."""
         if layer.dropout and selection.dropout_pass is not None:
             seed = (selection.dropout_pass << 20) + self.number
-            x = ops.dropout(x, probability=layer.dropout, seed=seed)
+            x = ops.dropout(x, probability=layer.dropout, seed=seed + (selection.part << 64))
         return ops.low_rank(x, layer.lora_A, layer.lora_B, scale=layer.scale * weight)
 
     def _per_row(self, linear: Linear, x: Tensor, selection: Selection) -> Tensor:

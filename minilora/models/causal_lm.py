@@ -23,6 +23,10 @@ from .parts import Context
 from .rope import RotaryTable, inverse_frequencies
 
 IGNORED = -100  # the label of a position without a loss, as in torch and Hugging Face
+NO_LABEL = (
+    f"the batch has no label to train on: expected one that is not {IGNORED} behind the first token of a row or "
+    "segment, and in a row with an adapter where set_adapter(rows=...) names them"
+)
 
 
 def segment_positions(segments: np.ndarray) -> np.ndarray:
@@ -76,9 +80,7 @@ class CausalLM(Module):
     @property
     def head_is_tied(self) -> bool:
         """Whether the head's matrix is the embedding's (merging an adapter of the head unties them)."""
-        return all(
-            self.lm_head.weight is not weight for name, weight in self.named_parameters() if name == "lm_head.weight"
-        )
+        return "lm_head.weight" not in dict(self.named_parameters())
 
     @property
     def device(self) -> str:
@@ -155,7 +157,7 @@ class CausalLM(Module):
         total: Tensor | float = 0.0
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-            chosen = selection and selection.at_rows(batch_rows[part])
+            chosen = selection and selection.at_rows(batch_rows[part], start)
             piece = partial(self._loss_of_chunk, chosen, labels[part], weights[part])
             total = checkpoint(piece, x[part], parameters=self.lm_head.trained()) + total
         return total if isinstance(total, Tensor) else Tensor(array_module(x.data).zeros((), self.dtype))

@@ -94,10 +94,10 @@ def neg(x: Array):
 
 @primitive
 def power(x: Array, *, exponent: float):
-    """y = x^p for a constant p;  dx = dy · p x^(p−1)."""
+    """y = x^p for a constant p;  dx = dy · p x^(p−1), and 0 for p = 0 (also where x is 0)."""
 
     def vjp(dy):
-        return dy * exponent * x ** (exponent - 1)
+        return dy * exponent * x ** (exponent - 1) if exponent != 0 else array_module(dy).zeros_like(dy)
 
     return x**exponent, vjp
 

@@ -221,6 +221,15 @@ def test_layers_draw_their_own_masks():
     assert len(set(zeros)) == len(zeros) == 4
 
 
+def test_chunks_of_the_head_draw_their_own_masks(monkeypatch):
+    monkeypatch.setattr(ml.ops.loss, "CHUNK_ENTRIES", 3 * tiny.VOCABULARY)
+    network = tiny.adapted(ml.LoraConfig(r=3, dropout=0.5, target_modules=["lm_head"]))
+    zeros = []
+    with observe(lambda name, outputs, recorded: zeros.append((outputs[0] == 0).tobytes()) if name == "dropout" else 0):
+        network.loss(tiny.tokens())  # 12 labels in 4 chunks
+    assert len(set(zeros)) == len(zeros) == 4
+
+
 # --- backward runs under the adapters of its forward ------------------------------------------------------------------
 
 
