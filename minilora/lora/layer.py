@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import ops
-from ..backend import Array, matmul
+from ..backend import Array, matmul, to_device
 from ..nn import AdapterState, Linear
 from ..tensor import Tensor
 from .config import LoraConfig
@@ -121,7 +121,8 @@ class AdapterSlot:
         y = ops.linear(x, linear.weight, linear.bias)  # (B, T, out)
         for name in dict.fromkeys(selection.rows):
             if name in self.layers:
-                index = np.array([row for row, owner in enumerate(selection.rows) if owner == name])
+                mine = np.array([row for row, owner in enumerate(selection.rows) if owner == name])
+                index = to_device(mine, x.device)
                 update = self._update(self.layers[name], ops.select_rows(x, index=index), 1.0, selection)
                 y = ops.add_rows(y, update, index=index)
         return y
