@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import Array, cast, compute_dtype, dtype_of, parse_device, to_device, to_numpy
+from .backend import FLOAT_DTYPES, Array, cast, compute_dtype, dtype_of, parse_device, to_device, to_numpy
 from .errors import MiniloraError
 from .lora import PEFT_PREFIX, Adapters, LoraConfig, Merge
 from .lora.targets import selected, shortest_patterns
@@ -55,6 +55,11 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
         used.add(name)
         array = entry.array()
         array = array if wanted is None else cast(array, wanted)
+        if array.dtype.name not in FLOAT_DTYPES:
+            raise MiniloraError(
+                f"{checkpoint.path}: {name} is stored as {array.dtype}, expected one of {', '.join(FLOAT_DTYPES)}: "
+                "take the model's original weights"
+            )
         return to_device(array, device)
 
     stored = {entry.dtype for entry in checkpoint.tensors.values()}

@@ -43,6 +43,9 @@ class ModelConfig:
 
 
 class ConfigReader:
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
     """Typed access to a config.json: each value is checked, and what is missing or of the wrong kind is named."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
@@ -52,12 +55,12 @@ class ConfigReader:
         found = self.raw.get(name)
         if found is None:
             if default is None:
-                raise MiniloraError(f"config.json has no {name!r}: it needs one of type {kind.__name__}")
+                raise MiniloraError(f"config.json has no {name!r}, expected {_KINDS[kind]}: is the file complete?")
             return default
         if kind is float and isinstance(found, int) and not isinstance(found, bool):
             return float(found)
         if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-            raise MiniloraError(f"config.json has {name} = {found!r}, expected a {kind.__name__}")
+            raise MiniloraError(f"config.json has {name} = {found!r}, expected {_KINDS[kind]}")
         return found
 
     def size(self, name: str, default: int | None = None) -> int:
@@ -70,9 +73,8 @@ class ConfigReader:
         """MiniloraError if the config sets `name` to anything but None or the allowed values."""
         found = self.raw.get(name)
         if found is not None and found not in allowed:
-            raise MiniloraError(
-                f"config.json has {name} = {found!r}, not supported (supported: {', '.join(map(repr, allowed))})"
-            )
+            supported = ", ".join(map(repr, allowed)) or "leaving it out"
+            raise MiniloraError(f"config.json has {name} = {found!r:.60}, not supported (supported: {supported})")
 
     def window(self, default: int) -> int | None:
         """sliding_window: `default` where it is left out, None where it is null."""
@@ -95,6 +97,7 @@ def decoder_config(raw: dict[str, Any], **changes: Any) -> ModelConfig:
     read = ConfigReader(raw)
     read.refuse("hidden_act", "silu")
     heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
+    read.refuse("quantization_config")
     kv_heads = read.size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise MiniloraError(

@@ -49,7 +49,8 @@ def test_rope_settings_have_an_old_and_a_new_place():
         ({"model_type": "mamba"}, "model_type 'mamba'; supported are .*llama"),
         ({"model_type": None}, "model_type None"),
         ({"hidden_size": None}, "no 'hidden_size'"),
-        ({"hidden_size": "24"}, "hidden_size = '24', expected a int"),
+        ({"hidden_size": "24"}, "hidden_size = '24', expected a whole number"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config = {'bits': 4}, not supported"),
         ({"vocab_size": True}, "vocab_size = True"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0, expected at least 1"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small'"),
@@ -92,7 +93,7 @@ def test_every_layer_has_the_window_that_the_config_gives_it(config, windows):
     ("config", "message"),
     [
         (tiny.mistral(sliding_window=0), "sliding_window = 0, expected at least 1"),
-        (tiny.mistral(sliding_window="all"), "sliding_window = 'all', expected a int"),
+        (tiny.mistral(sliding_window="all"), "sliding_window = 'all', expected a whole number"),
         (tiny.mistral(layer_types=tiny.SLIDING_FIRST), "layer_types, which a mistral model does not follow"),
         (tiny.mistral(hidden_act="gelu"), "hidden_act = 'gelu'"),
         (tiny.without(tiny.mistral(num_attention_heads=6), "num_key_value_heads"), "6 attention heads and 8 key-value"),
@@ -102,7 +103,7 @@ def test_every_layer_has_the_window_that_the_config_gives_it(config, windows):
         (tiny.qwen2(layer_types="full_attention"), "layer_types = 'full_attention'"),
         (tiny.qwen3(layer_types=["full_attention", "chunked_attention"]), "layer_types = .*each 'full_attention' or"),
         (tiny.qwen3(sliding_window=5, layer_types=tiny.SLIDING_FIRST), "no window: set use_sliding_window"),
-        (tiny.qwen3(attention_bias=1), "attention_bias = 1, expected a bool"),
+        (tiny.qwen3(attention_bias=1), "attention_bias = 1, expected true or false"),
     ],
 )
 def test_what_a_family_cannot_have_is_named(config, message):
