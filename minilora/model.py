@@ -54,12 +54,12 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
             )
         used.add(name)
         array = entry.array()
-        array = array if wanted is None else cast(array, wanted)
         if array.dtype.name not in FLOAT_DTYPES:
             raise MiniloraError(
                 f"{checkpoint.path}: {name} is stored as {array.dtype}, expected one of {', '.join(FLOAT_DTYPES)}: "
                 "take the model's original weights"
             )
+        array = array if wanted is None else cast(array, wanted)
         return to_device(array, device)
 
     stored = {entry.dtype for entry in checkpoint.tensors.values()}

@@ -42,10 +42,10 @@ class ModelConfig:
         return None if layer in self.full_layers else self.window
 
 
-class ConfigReader:
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
+class ConfigReader:
     """Typed access to a config.json: each value is checked, and what is missing or of the wrong kind is named."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
@@ -96,8 +96,8 @@ def decoder_config(raw: dict[str, Any], **changes: Any) -> ModelConfig:
     """The ModelConfig of a Llama-like config.json: what its families have in common; `changes` are a family's own."""
     read = ConfigReader(raw)
     read.refuse("hidden_act", "silu")
-    heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
     read.refuse("quantization_config")
+    heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
     kv_heads = read.size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise MiniloraError(
