@@ -8,6 +8,7 @@ function, so that --help answers at once. Exit status: 0 done; 1 a clear line on
 from __future__ import annotations
 
 import io
+import os
 import sys
 from importlib import import_module
 from typing import Annotated, Any
@@ -36,6 +37,9 @@ class Commands(TyperGroup):
             raise  # `| head` has read enough: typer ends quietly
         except OSError as error:
             message = f"{error.filename or 'output'}: {error.strerror or error}"
+            if error.filename is None and sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
+                # What is left in its buffer would fail again when Python ends, and change the exit status.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None

@@ -18,11 +18,12 @@ from minilora.errors import MiniloraError
 
 ROOT = Path(__file__).parents[2]
 SECONDS_TO_HELP = 0.3
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as users run it
 
 
 def minilora(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "minilora", *map(str, arguments)]
-    settings = {"capture_output": True, "text": True, "timeout": 120} | options
+    settings = {"capture_output": True, "text": True, "timeout": 120, "env": BUFFERED} | options
     return subprocess.run(command, cwd=ROOT, **settings)
 
 
@@ -136,6 +137,16 @@ def test_a_programming_mistake_keeps_its_traceback(raising):
 def test_a_full_disk_behind_stdout_is_an_error(base):
     with open("/dev/full", "w") as full:
         done = minilora("inspect", base, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_output_that_is_still_buffered_when_a_command_ends_may_not_be_lost():
+    code = "from minilora import cli; cli.app.command('say')(lambda: print('hi')); cli.app(['say'])"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=BUFFERED, stdout=full, stderr=subprocess.PIPE, text=True
+        )
     assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
 
 

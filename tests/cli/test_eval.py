@@ -103,8 +103,10 @@ def test_conversations_are_compared_by_their_last_turn(run, base, write_rows):
     messages = [{"role": "user", "content": "hi"}]
     answer = ml.load_model(base).generate(messages, 5)
     file = write_rows([{"messages": [*messages, {"role": "assistant", "content": answer}]}])
-    found = evaluated(run, "--model", base, "--data", file, "--max-new-tokens", 5)
+    predictions = file.with_name("predictions")
+    found = evaluated(run, "--model", base, "--data", file, "--max-new-tokens", 5, "--predictions", predictions)
     assert found["results"][0]["exact_match"] == 1.0
+    assert json.loads(predictions.read_text())["prompt"] == "<|turn|>user\nhi</s><|turn|>assistant\n"
 
 
 def test_text_has_no_exact_match_and_asking_for_it_is_an_error(run, base, write_rows):

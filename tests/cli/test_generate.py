@@ -53,7 +53,7 @@ def test_a_conversation_is_read_from_a_file(run, base, tmp_path, wrapped):
 @pytest.mark.parametrize(("option", "ending"), [("--prompt", "\n"), ("--chat", "\r\n"), ("--prompt", "")])
 def test_a_prompt_is_read_from_stdin_without_its_last_line_break(run, base, option, ending):
     arguments = ["generate", "--model", base, "--max-new-tokens", 10, option]
-    assert run(*arguments, "-", input=f"two\nlines{ending}") == run(*arguments, "two\nlines")
+    assert run(*arguments, "-", input=f" two\nlines {ending}") == run(*arguments, " two\nlines ")
 
 
 def test_stdin_that_is_not_utf_8_is_an_error(run, base):

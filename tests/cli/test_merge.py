@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import minilora as ml
+from minilora.backend import dtype_of
 from minilora.lora import LoraLayer
 from tests import texts
 
@@ -57,6 +58,15 @@ def test_the_difference_is_measured_against_a_bound_for_the_dtype_that_is_writte
     difference = np.abs(ml.to_numpy(written.logits(probe)) - ml.to_numpy(model.logits(probe))).max()
     if dtype in ("float16", "bfloat16"):  # of the others the difference is rounding of the passes themselves
         assert report["difference"] == pytest.approx(float(difference), rel=0.05)
+
+
+def test_the_bound_is_that_of_the_least_precise_matrix(run, base, adapter, tmp_path):
+    model = ml.load_model(base)
+    weight = dict(model.network.named_parameters())["model.layers.1.self_attn.q_proj.weight"]
+    weight.data = weight.data.astype(dtype_of("bfloat16"))
+    model.save(tmp_path / "mixed")
+    shown = run("merge", "--model", tmp_path / "mixed", "--adapter", adapter, "--out", tmp_path / "out", "--json")[1]
+    assert json.loads(shown)["dtype"] == "bfloat16"
 
 
 def test_a_difference_over_the_bound_writes_nothing(run, base, adapter, tmp_path):
