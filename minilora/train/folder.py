@@ -79,6 +79,10 @@ def check_folder(path: Path, resume: bool, overwrite: bool) -> None:
     if resume and not (path / STATE).exists():
         raise MiniloraError(f"{path} has no {STATE}, so there is no run to resume: leave resume out to start one")
     found = [name for name in WRITTEN if (path / name).exists()]
+    if found and not (path / SETTINGS).exists():
+        raise MiniloraError(
+            f"{path} holds {found[0]} and no {SETTINGS}, so it is not an earlier run's and stays: choose another out"
+        )
     if found and not resume and not overwrite:
         raise MiniloraError(
             f"{path} holds an earlier run ({found[0]}): choose another out, go on with it (--resume), "

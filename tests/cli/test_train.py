@@ -106,6 +106,17 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(base
     assert "epochs" not in used  # --steps replaced them
 
 
+def test_the_seed_decides_how_the_adapter_starts(base, data, tmp_path):
+    assert minilora(*arguments(base, data, tmp_path / "run", "--steps", 1, "--seed", 3))[0] == 0
+    trained, expected = ml.load_model(base), ml.load_model(base)
+    trained.load_adapter("a", tmp_path / "run")
+    expected.add_adapter("a", ml.LoraConfig(r=2), seed=3)
+    found = trained.adapter_parameters("a")
+    for key, start in expected.adapter_parameters("a").items():
+        if "lora_A" in key:  # its gradient is zero in the first step
+            np.testing.assert_array_equal(found[key].data, start.data)
+
+
 def test_training_goes_on_from_an_adapter(base, data, tmp_path):
     assert minilora(*arguments(base, data, tmp_path / "a", "--steps", 3))[0] == 0
     start = ["--model", base, "--data", data, "--adapter", tmp_path / "a", "--steps", 2, "--batch-size", 24]

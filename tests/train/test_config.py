@@ -53,9 +53,7 @@ def test_rows_have_the_models_context_at_most():
     assert ml.TrainConfig().row_length(8192) == 1024
     assert ml.TrainConfig().row_length(256) == 256
     assert ml.TrainConfig(max_length=2048).row_length(8192) == 2048
-    with pytest.raises(
-        MiniloraError, match=r"max_length is 9,000, over the model's context of 8,192"
-    ):
+    with pytest.raises(MiniloraError, match=r"max_length is 9,000, over the model's context of 8,192"):
         ml.TrainConfig(max_length=9000).row_length(8192)
 
 

@@ -1,7 +1,10 @@
 """A run that stopped goes on to the numbers of one that did not, and nothing of another run is lost on the way."""
 
+import errno
 import json
+import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,6 +203,36 @@ def test_an_earlier_run_is_refused_and_stays_whole_unless_it_may_be_replaced(tmp
     assert not (out / "checkpoints").exists()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("call", [{}, {"overwrite": True}])
+def test_files_that_only_look_like_a_runs_are_never_replaced(tmp_path, call):
+    made.model().save(tmp_path / "model")
+    made.model().save_adapter("a", tmp_path / "adapter")
+    before = contents(tmp_path)
+    for out in (tmp_path, tmp_path / "adapter"):
+        with pytest.raises(MiniloraError, match=r"and no minilora\.toml, so it is not an earlier run's and stays"):
+            run(model(), out, call)
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_while_saving_is_one_line_and_what_was_saved_before_is_whole(monkeypatch, tmp_path):
+    out, saved = tmp_path / "run", {}
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill():
+        saved.update(contents(out))
+        monkeypatch.setattr(os, "replace", full)
+
+    at_step(monkeypatch, 3, fill)
+    with pytest.raises(MiniloraError, match=r"cannot write .*: the disk is full"):
+        run(model(), out, save_every=2, eval_every=None)
+    now = contents(out)
+    assert {name for name in now if now[name] != saved.get(name)} == {Path("metrics.jsonl")}
+    monkeypatch.undo()
+    assert run(model(), out, {"resume": True}, eval_every=None).steps == 10
 
 
 def test_a_run_that_cannot_start_does_not_replace_an_earlier_one(tmp_path):
