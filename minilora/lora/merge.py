@@ -57,7 +57,7 @@ class Merge:
                 raise MiniloraError(
                     f"merging would put a non-finite value into {path}.weight ({base.dtype}): nothing was merged"
                 )
-            merged[path] = Tensor(result)
+            merged[path] = Tensor(result, requires_grad=linear.weight.requires_grad)
         for path, weight_tensor in merged.items():
             linear = adapters.linears[path]
             self.kept[path] = linear.weight
