@@ -148,6 +148,11 @@ def evaluate_one(
     assert model.tokenizer is not None  # the examples were made with it
     begin = time.perf_counter()
     loss = evaluate(model, examples, batch_size)
+    if not math.isfinite(loss):
+        raise MiniloraError(
+            f"the loss with {label or 'the base'} is {loss}, expected a finite number: its weights are damaged, or "
+            "--dtype is too narrow for them; try --dtype float32"
+        )
     result = Result(label, loss, math.exp(loss) if loss < 700 else math.inf)
     lines: list[dict[str, Any]] = []
     if compared:

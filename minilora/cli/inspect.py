@@ -119,7 +119,8 @@ def is_factor(name: str) -> bool:
 def updates_of(listing: Listing) -> list[dict[str, Any]]:
     """Of each adapted layer: its rank, scale and ‖ΔW‖_F = ‖s · B A‖_F (of a DoRA layer, before its normalisation)."""
     from ..errors import MiniloraError
-    from ..formats.peft import CONFIG_FILE, KEY_PREFIX, lora_config
+    from ..formats.peft import CONFIG_FILE, lora_config
+    from ..lora import PEFT_PREFIX
     from ..lora.statistics import update_norm
     from ..lora.targets import pattern_value
 
@@ -133,7 +134,7 @@ def updates_of(listing: Listing) -> list[dict[str, Any]]:
         if b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             found = "is missing" if b is None else f"has shape {b.shape}"
             raise MiniloraError(f"{b.path if b else a.path}: {module}.lora_B.weight {found} beside an A of {a.shape}")
-        path = module.removeprefix(KEY_PREFIX)
+        path = module.removeprefix(PEFT_PREFIX)
         rank = a.shape[0]
         scale = config.scale(rank, pattern_value(path, config.alpha_pattern, config.alpha))
         norm = update_norm(a.array(), b.array(), scale)

@@ -16,12 +16,12 @@ import numpy as np
 
 from ..errors import MiniloraError
 from ..files import Content, atomic_write_all, json_bytes, read_json_object
+from ..lora.adapters import PEFT_PREFIX
 from ..lora.config import LoraConfig
 from .safetensors import open_safetensors, tensor_file
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
 
 # adapter_config.json as this PEFT release writes it, for an adapter that uses none of its further features.
 _DEFAULTS: dict[str, Any] = {
@@ -100,8 +100,8 @@ def read_adapter(path: str | Path) -> tuple[LoraConfig, dict[str, np.ndarray]]:
         )
     tensors = {}
     for key, entry in open_safetensors(path / TENSOR_FILE).items():
-        if not key.startswith(KEY_PREFIX):
-            raise MiniloraError(f"{path / TENSOR_FILE}: found the key {key}, expected it to start with {KEY_PREFIX}")
+        if not key.startswith(PEFT_PREFIX):
+            raise MiniloraError(f"{path / TENSOR_FILE}: found the key {key}, expected it to start with {PEFT_PREFIX}")
         tensors[key] = np.array(entry.array())
     return config, tensors
 
@@ -137,7 +137,7 @@ def adapter_files(
     targets: str | Sequence[str] = config.target_modules if module_names is None else module_names
     if targets == "all-linear":
         targets = sorted(
-            {key.removeprefix(KEY_PREFIX).rpartition(".lora_A.")[0] for key in tensors if ".lora_A." in key}
+            {key.removeprefix(PEFT_PREFIX).rpartition(".lora_A.")[0] for key in tensors if ".lora_A." in key}
         )
     written = _DEFAULTS | {
         "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()},

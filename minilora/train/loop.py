@@ -345,7 +345,7 @@ def _interruptible() -> Iterator[_Stop]:
         stop.asked = True
         signal.signal(signal.SIGINT, before)
         # Not print: it cannot be entered again, and may be what was interrupted.
-        os.write(2, b"\ninterrupted: this step is finished and saved; Ctrl-C again ends at once\n")
+        os.write(2, b"\ninterrupted: finishing this step, then saving; Ctrl-C again stops at once, without saving\n")
 
     signal.signal(signal.SIGINT, handler)
     try:

@@ -49,6 +49,18 @@ def test_loss_and_perplexity_are_those_of_the_definition(run, base, adapter, wri
     assert abs(expected[0][0] - expected[1][0]) > 0.01
 
 
+def test_a_loss_that_is_not_finite_is_an_error_that_names_whose_it_is(run, base, adapter, write_rows, tmp_path):
+    model = ml.load_model(base)
+    model.load_adapter("a", adapter)
+    next(iter(model.adapter_parameters("a").values())).data[0, 0] = np.nan
+    model.save_adapter("a", tmp_path / "broken")
+    status, shown, errors = run(
+        "eval", "--model", base, "--data", write_rows(TEXT), "--adapter", tmp_path / "broken", "--no-exact-match"
+    )
+    assert (status, shown) == (1, "")
+    assert f"the loss with {tmp_path / 'broken'} is nan, expected a finite number" in errors
+
+
 def test_adapters_are_evaluated_one_after_another_beside_the_base(run, base, adapter, write_rows):
     file = write_rows(TEXT)
     three = evaluated(run, "--model", base, "--data", file, "--adapter", adapter, "--adapter", adapter)["results"]
