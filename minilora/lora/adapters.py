@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -79,6 +80,7 @@ class Adapters:
         check_patterns(paths, config.alpha_pattern, "alpha_pattern")
         dtype = compute_dtype(self.network.dtype)
         random = np.random.default_rng(seed)
+        mask_seed = zlib.crc32(f"{name} {seed}".encode())
         layers: dict[str, LoraLayer] = {}
         for path in paths:
             linear = self.linears[path]
@@ -92,7 +94,7 @@ class Adapters:
                 )
             device = linear.weight.device
             lora_A, lora_B = (Tensor(to_device(matrix, device), requires_grad=trainable) for matrix in matrices)
-            layers[path] = LoraLayer(lora_A, lora_B, config.scale(rank, alpha), config.dropout)
+            layers[path] = LoraLayer(lora_A, lora_B, config.scale(rank, alpha), config.dropout, mask_seed)
         if values is not None:
             known = {f"{PEFT_PREFIX}{path}.{part}" for path, layer in layers.items() for part in layer.parameters()}
             extra = sorted(key for key in set(values) - known if not self._repeats_the_base(key, values[key]))

@@ -41,8 +41,9 @@ class Selection:
 class LoraLayer:
     """ΔW = scale · B A for one layer: A (r, in), B (out, r)."""
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float = 0.0, seed: int = 0) -> None:
         self.lora_A, self.lora_B, self.scale, self.dropout = lora_A, lora_B, scale, dropout
+        self.seed = seed  # sets this adapter's dropout masks apart from other adapters' and other runs'
 
     @property
     def rank(self) -> int:
@@ -109,8 +110,8 @@ class AdapterSlot:
     def _update(self, layer: LoraLayer, x: Tensor, weight: float, selection: Selection) -> Tensor:
         """weight · ΔW x, (..., in) -> (..., out), with the adapter's dropout on x while training."""
         if layer.dropout and selection.dropout_pass is not None:
-            seed = (selection.dropout_pass << 20) + self.number
-            x = ops.dropout(x, probability=layer.dropout, seed=seed + (selection.part << 64))
+            seed = (layer.seed, self.number, selection.dropout_pass, selection.part)
+            x = ops.dropout(x, probability=layer.dropout, seed=seed)
         return ops.low_rank(x, layer.lora_A, layer.lora_B, scale=layer.scale * weight)
 
     def _per_row(self, linear: Linear, x: Tensor, selection: Selection) -> Tensor:

@@ -73,7 +73,7 @@ def low_rank(x: Array, lora_A: Array, lora_B: Array, *, scale: float, needs: tup
 
 
 @primitive
-def dropout(x: Array, *, probability: float, seed: int):
+def dropout(x: Array, *, probability: float, seed: int | tuple[int, ...]):
     """y = x · m / (1 − p), m zero with probability p;  dx = dy · m / (1 − p)   (Srivastava et al. 2014).
 
     The mask is a function of the seed alone: backward, and a checkpointed forward, draw the same one again and none is

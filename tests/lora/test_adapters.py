@@ -336,3 +336,16 @@ def test_a_step_is_the_lines_that_it_stands_for():
         values = {key: tensor.data.tobytes() for key, tensor in network.parameters().items()}
         results.append((float(ml.to_numpy(loss)), values))
     assert results[0] == results[1]
+
+
+def test_two_adapters_with_equal_matrices_draw_their_own_dropout_masks():
+    losses = {}
+    for dropout in (0.0, 0.5):
+        for name in ("a", "b"):
+            network = tiny.model()
+            network.add_adapter(name, ml.LoraConfig(r=3, dropout=dropout), seed=4)
+            for parameter in network.adapter_parameters(name).values():
+                parameter.data = np.full_like(parameter.data, 0.1)
+            losses[dropout, name] = float(network.loss(tiny.tokens()))
+    assert losses[0.0, "a"] == losses[0.0, "b"]
+    assert losses[0.5, "a"] != losses[0.5, "b"]
