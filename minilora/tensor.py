@@ -187,6 +187,10 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Array | None]) -> None:
 
     for output, grad in zip(outputs, grads, strict=True):
         if grad is not None:
+            if grad.shape != output.shape:
+                raise ValueError(
+                    f"backward() got a gradient of shape {grad.shape} for a Tensor of shape {output.shape}"
+                )
             send(output.source or (output if output.trained else None), grad, borrowed=True)
     while heap:
         _, node = heapq.heappop(heap)

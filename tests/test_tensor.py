@@ -116,6 +116,14 @@ def test_backward_takes_a_gradient_for_any_shape_and_one_for_a_scalar():
         (x * 3.0).backward()
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (3, 2), (1, 3)])
+def test_a_gradient_given_to_backward_has_the_shape_of_its_tensor(shape):
+    """Broadcast, it would come out as another gradient, or as an error far from here."""
+    y = Tensor(np.ones((2, 3)), requires_grad=True) * 2.0
+    with pytest.raises(ValueError, match=r"a gradient of shape .* for a Tensor of shape \(2, 3\)"):
+        y.backward(np.ones(shape))
+
+
 def test_backward_on_a_leaf_gives_it_its_own_gradient():
     x, given = leaf(1.0), np.array([4.0])
     x.backward(given)
