@@ -40,14 +40,15 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
         wanted = np.dtype(np.float32)
     family = family_of(checkpoint.config)
     config = family.read_config(checkpoint.config)
+    tensors = family.network.by_own_names(checkpoint.tensors)
     used: set[str] = set()
 
     def source(name: str, shape: tuple[int, ...]) -> Array:
-        if name not in checkpoint.tensors:
+        if name not in tensors:
             raise MiniloraError(
                 f"{checkpoint.path} has no tensor {name}, which its configuration calls for: is the file complete?"
             )
-        entry = checkpoint.tensors[name]
+        entry = tensors[name]
         if tuple(entry.shape) != shape:
             raise MiniloraError(
                 f"{checkpoint.path}: {name} has shape {tuple(entry.shape)}, its configuration calls for {shape}"
@@ -67,9 +68,7 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
         wanted if wanted is not None else np.dtype("float64" if stored == {"float64"} else "float32")
     )
     network = family.network(config, Weights(source), dtype_of_network)
-    unused = sorted(
-        name for name in checkpoint.tensors if name not in used and not family.network.ignores(name, config)
-    )
+    unused = sorted(name for name in tensors if name not in used and not family.network.ignores(name, config))
     if unused:
         raise MiniloraError(
             f"{checkpoint.path} has {len(unused)} tensors that a {config.model_type} model has no place for, "
@@ -248,13 +247,9 @@ class Model:
                 f"{self.config.max_position_embeddings}: shorten it"
             )
         targets = shifted_labels(labels.astype(np.int64), segments)
-        for name, low, high in (
-            ("token", tokens.min(initial=0), tokens.max(initial=0)),
-            ("label", targets.min(initial=0), targets.max(initial=0)),
-        ):
-            if high >= self.config.vocab_size or (
-                low < 0 and not (name == "label" and (targets[targets < 0] == IGNORED).all())
-            ):
+        for name, ids in (("token", tokens), ("label", targets[targets != IGNORED])):
+            low, high = ids.min(initial=0), ids.max(initial=0)
+            if low < 0 or high >= self.config.vocab_size:
                 raise MiniloraError(
                     f"{name} ids must lie in 0 … {self.config.vocab_size - 1}, found {low} … {high}: "
                     "is the tokenizer another model's?"

@@ -54,12 +54,33 @@ def qwen3(**changes: Any) -> dict[str, Any]:
     return llama(architectures=["Qwen3ForCausalLM"], model_type="qwen3", use_sliding_window=False) | changes
 
 
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "vocab_size": VOCABULARY,
+    "n_embd": 24,
+    "n_inner": 40,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def gpt2(**changes: Any) -> dict[str, Any]:
+    """The config of a two-layer GPT-2 with 3 heads, and whatever `changes` say."""
+    return GPT2 | changes
+
+
 # A config of each family; the windows are shorter than the sequences that tests have.
 FAMILIES = {
     "llama": llama(),
     "mistral": mistral(),
     "qwen2": qwen2(use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": qwen3(),
+    "gpt2": gpt2(),
 }
 
 

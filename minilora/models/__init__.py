@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import MiniloraError
-from . import llama, mistral, qwen2, qwen3
+from . import gpt2, llama, mistral, qwen2, qwen3
 from .cache import KVCache
 from .causal_lm import CausalLM
 from .config import ModelConfig
@@ -20,6 +20,7 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {
+    "gpt2": Family(gpt2.read_config, gpt2.GPT2ForCausalLM),
     "llama": Family(llama.read_config, llama.LlamaForCausalLM),
     "mistral": Family(mistral.read_config, llama.LlamaForCausalLM),
     "qwen2": Family(qwen2.read_config, qwen2.Qwen2ForCausalLM),

@@ -7,7 +7,7 @@ Axes: B batch, T time, D width, V vocabulary, M labelled positions.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,10 @@ class CausalLM(Module):
         self.config, self.dtype = config, dtype
         self.adapter_state = AdapterState()
         self.checkpoint = False  # recompute each block in backward instead of keeping its activations
-        self.rotary = RotaryTable(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling), dtype)
+        self.rotary: RotaryTable | None = None
+        if config.rope_theta is not None:
+            frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+            self.rotary = RotaryTable(frequencies, dtype)
 
     @abstractmethod
     def embed(self, tokens: Array, positions: Array) -> Tensor:
@@ -71,6 +74,11 @@ class CausalLM(Module):
     @abstractmethod
     def final_norm(self) -> Module:
         """The norm between the last block and the head."""
+
+    @classmethod
+    def by_own_names(cls, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's tensors by the names that this network has for them, for families whose files differ."""
+        return dict(tensors)
 
     @classmethod
     def ignores(cls, name: str, config: ModelConfig) -> bool:
@@ -98,10 +106,10 @@ class CausalLM(Module):
         else:
             begin = cache.length if cache is not None else 0
             positions = np.arange(begin, begin + tokens.shape[1])[None]
-        cos, sin = self.rotary.at(positions)
+        cos, sin = (None, None) if self.rotary is None else self.rotary.at(positions)
         context = Context(
-            cos=to_device(cos, device),
-            sin=to_device(sin, device),
+            cos=None if cos is None else to_device(cos, device),
+            sin=None if sin is None else to_device(sin, device),
             segments=None if segments is None else to_device(segments, device),
             cache=cache,
         )

@@ -14,7 +14,8 @@ class ModelConfig:
     """The sizes and switches of one network; names are Hugging Face's.
 
     window: keys that a query sees (sliding_window), or None for all before it; full_layers: the layers without the
-    window where others have it. rope_scaling: see models/rope.py.
+    window where others have it. rope_theta: None for a family without rotary positions; rope_scaling: see
+    models/rope.py.
     raw: config.json as it was read, to be written again with the model.
     """
 
@@ -29,7 +30,7 @@ class ModelConfig:
     max_position_embeddings: int
     norm_eps: float
     tie_word_embeddings: bool
-    rope_theta: float = 10000.0
+    rope_theta: float | None = 10000.0
     rope_scaling: dict[str, Any] | None = None
     window: int | None = None
     full_layers: tuple[int, ...] = ()

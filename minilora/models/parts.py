@@ -17,10 +17,12 @@ from .config import ModelConfig
 
 @dataclass(frozen=True)
 class Context:
-    """What the blocks of one forward pass share: rotary tables (·, T, 1, d/2), segments (B, T), the KV cache."""
+    """What the blocks of one forward pass share: segments (B, T), the KV cache, and rotary tables (·, T, 1, d/2) where
+    the family has them.
+    """
 
-    cos: Array
-    sin: Array
+    cos: Array | None = None
+    sin: Array | None = None
     segments: Array | None = None
     cache: KVCache | None = None
 

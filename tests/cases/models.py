@@ -18,13 +18,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral, window of 3": tiny.mistral(sliding_window=3),
     "qwen2, window in one layer": tiny.qwen2(use_sliding_window=True, sliding_window=3, max_window_layers=1),
     "qwen3": tiny.qwen3(),
+    "gpt2": tiny.gpt2(),
 }
 
-TARGETS: list[Any] = [
+TARGETS: list[str] = [  # expressions, each with the names of every family
     "all-linear",
-    ["q_proj", "v_proj"],
-    ["k_proj", "o_proj", "down_proj"],
-    ["gate_proj", "up_proj", "lm_head"],
+    r".*\.(q_proj|v_proj|c_attn)",
+    r".*\.(k_proj|o_proj|down_proj|c_proj)",
+    r".*\.(gate_proj|up_proj|c_fc)|lm_head",
 ]
 
 architectures = st.sampled_from(sorted(ARCHITECTURES))

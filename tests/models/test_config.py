@@ -103,6 +103,13 @@ def test_every_layer_has_the_window_that_the_config_gives_it(config, windows):
         (tiny.qwen2(layer_types="full_attention"), "layer_types = 'full_attention'"),
         (tiny.qwen3(layer_types=["full_attention", "chunked_attention"]), "layer_types = .*each 'full_attention' or"),
         (tiny.qwen3(sliding_window=5, layer_types=tiny.SLIDING_FIRST), "no window: set use_sliding_window"),
+        (tiny.gpt2(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True, not supported"),
+        (tiny.gpt2(reorder_and_upcast_attn=True), "reorder_and_upcast_attn = True, not supported"),
+        (tiny.gpt2(add_cross_attention=True), "add_cross_attention = True, not supported"),
+        (tiny.gpt2(scale_attn_weights=False), "scale_attn_weights = False, not supported"),
+        (tiny.gpt2(activation_function="gelu"), "activation_function = 'gelu', not supported .*'gelu_new'"),
+        (tiny.gpt2(n_head=5), "n_embd 24, which 5 attention heads do not divide"),
+        (tiny.gpt2(n_layer="12"), "n_layer = '12'"),
         (tiny.qwen3(attention_bias=1), "attention_bias = 1, expected true or false"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 import minilora as ml
 from minilora.errors import MiniloraError
+from minilora.formats.safetensors import open_model_tensors, save_checkpoint_tensors
 from minilora.generate import generate_batch
 from minilora.models import FAMILIES, KVCache
 from minilora.tensor import no_grad
@@ -108,3 +109,81 @@ def test_a_layer_without_the_window_reaches_back_to_the_start():
     changed = TOKENS.copy()
     changed[:, 0] = (changed[:, 0] + 1) % tiny.VOCABULARY
     assert (model.logits(TOKENS) != model.logits(changed)).any(axis=-1).all()
+
+
+# --- GPT-2's files ----------------------------------------------------------------------------------------------------
+
+
+def renamed(path, names) -> None:
+    """Write the directory's tensors again under other names, as `names(tensors)` gives them."""
+    tensors = {name: np.array(entry.array()) for name, entry in open_model_tensors(path).items()}
+    (path / "model.safetensors").unlink()
+    save_checkpoint_tensors(path, names(tensors))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gpt2_files_without_the_prefix_and_with_masks_load_to_the_same_model(tied, tmp_path):
+    """As OpenAI's are on the hub: "h.0.attn.bias" is the causal mask."""
+    model = ml.new_model(tiny.gpt2(tie_word_embeddings=tied), dtype="float32", std=0.3)
+    model.save(tmp_path)
+
+    def as_on_the_hub(tensors):
+        masks = {f"h.{layer}.attn.bias": np.tril(np.ones((1, 1, 64, 64), np.float32)) for layer in range(2)}
+        masks |= {f"h.{layer}.attn.masked_bias": np.array(-1e4, np.float32) for layer in range(2)}
+        return masks | {name.removeprefix("transformer."): array for name, array in tensors.items()}
+
+    renamed(tmp_path, as_on_the_hub)
+    assert np.array_equal(ml.load_model(tmp_path).logits(TOKENS), model.logits(TOKENS))
+
+
+def test_a_gpt2_file_with_a_stray_or_missing_tensor_is_refused(tmp_path):
+    network("gpt2", "float32").save(tmp_path)
+    renamed(
+        tmp_path, lambda tensors: tensors | {"transformer.h.0.attn.q_attn.weight": tensors["transformer.wte.weight"]}
+    )
+    with pytest.raises(MiniloraError, match=r"no place for, first transformer\.h\.0\.attn\.q_attn\.weight"):
+        ml.load_model(tmp_path)
+    renamed(tmp_path, lambda tensors: {name: array for name, array in tensors.items() if "attn" not in name})
+    with pytest.raises(MiniloraError, match=r"no tensor transformer\.h\.0\.attn\.c_attn\.weight"):
+        ml.load_model(tmp_path)
+
+
+def test_gpt2_saves_its_weights_as_in_by_out(tmp_path):
+    network("gpt2", "float32").save(tmp_path)
+    shapes = {name: tuple(entry.shape) for name, entry in open_model_tensors(tmp_path).items()}
+    assert shapes["transformer.h.0.attn.c_attn.weight"] == (24, 3 * 24)
+    assert shapes["transformer.h.1.mlp.c_fc.weight"] == (24, 40)
+    assert "lm_head.weight" not in shapes
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "fan_in_fan_out"),
+    [
+        (["c_attn"], {"attn.c_attn"}, True),
+        (["c_attn", "c_proj", "c_fc"], {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}, True),
+        (["attn.c_proj", "lm_head"], {"attn.c_proj", "lm_head"}, True),
+        (["lm_head"], {"lm_head"}, False),
+    ],
+)
+def test_an_adapter_of_gpt2_says_that_its_weights_lie_in_by_out(targets, layers, fan_in_fan_out, tmp_path):
+    model = network("gpt2")
+    tiny.add_random_adapter(model, "a", ml.LoraConfig(r=2, target_modules=targets))
+    assert {name.partition(".h.1.")[2] or name for name in model._adapters.layers("a") if ".h.0." not in name} == layers
+    expected = model.logits(TOKENS)
+    model.save_adapter("a", tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is fan_in_fan_out
+    for written in (True, False):  # PEFT puts right what does not fit the layer; so it is only a note
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": written}))
+        again = network("gpt2")
+        again.load_adapter("a", tmp_path)
+        assert tiny.relative_error(again.logits(TOKENS), expected) < 1e-12
+
+
+def test_a_position_of_gpt2_reaches_the_logits_and_restarts_in_a_segment():
+    model = network("gpt2")
+    same = np.full((1, 6), 7)
+    logits = model.logits(same)  # equal tokens: only their positions tell them apart
+    assert all(tiny.relative_error(logits[0, time], logits[0, 0]) > 1e-2 for time in range(1, 6))
+    restarted = model.logits(same, np.array([[1, 1, 1, 2, 2, 2]]))
+    np.testing.assert_allclose(restarted[0, 3:], restarted[0, :3], rtol=1e-12, atol=1e-12)

@@ -21,6 +21,7 @@ MODELS = {
     "mistral": tiny.mistral(),
     "qwen2": tiny.qwen2(use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": tiny.qwen3(),
+    "gpt2": tiny.gpt2(),
 }
 ADAPTERS = {
     "all linear": ml.LoraConfig(r=3, alpha=7),

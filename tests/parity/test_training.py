@@ -24,6 +24,7 @@ MODELS = {
     "mistral": tiny.mistral(),
     "qwen2": tiny.qwen2(),
     "qwen3": tiny.qwen3(),
+    "gpt2": tiny.gpt2(),
 }
 CONFIG = ml.LoraConfig(r=4, alpha=8)
 
