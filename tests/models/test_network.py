@@ -190,7 +190,7 @@ def test_the_loss_of_float32_weights_is_a_float32_scalar():
         ([[1, 61]], None, "token ids must lie in 0 … 60, found 0 … 61"),
         ([[1, -1]], None, "token ids must lie in 0 … 60"),
         ([[1, 2]], [[1, 99]], "label ids must lie in 0 … 60"),
-        ([[1, 2]], [[1, -7]], "label ids must lie in 0 … 60"),
+        ([[1, 2]], [[1, -7]], "label ids must lie in 0 … 60, found -7 … 0"),
         ([[1, 2]], [[1, 2, 3]], r"labels must be integers of the tokens' shape \(1, 2\)"),
         ([[1, 2, 3]], [[5, -100, -100]], "the batch has no label"),  # the first is predicted by nobody
         ([[1] * 65], None, "65 tokens, over the model's context of 64"),
