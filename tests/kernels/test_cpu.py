@@ -27,6 +27,9 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(cpu.linear, "WEIGHT_BLOCK", 2)
     monkeypatch.setattr(cpu.attention, "BLOCK_ROWS", 1)
     monkeypatch.setattr(cpu.attention, "LEAST_STEP", 2)
+    monkeypatch.setattr(cpu.attention, "BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(cpu.rotary, "BLOCK_ENTRIES", 8)
+    monkeypatch.setattr(cpu.rotary, "LEAST_ENTRIES", 1)
     monkeypatch.setattr(cpu.loss, "TILE", 3)
 
 
@@ -51,7 +54,9 @@ def large_calls() -> dict[str, Call]:
 
     segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [70, 61, 150, 20], axis=1)
     labels = {"labels": rng.integers(0, 5001, 203), "weights": rng.uniform(0, 1 / 203, 203)}
+    angle = rng.uniform(-3, 3, (2, 301, 1, 8))
     return {
+        "rotary": Call((normal(2, 301, 6, 16),), {"cos": np.cos(angle), "sin": np.sin(angle)}),
         "add": Call((normal(3, 211, 97), normal(3, 211, 97))),
         "silu_mul": Call((normal(3, 211, 97), normal(3, 211, 97))),
         "rms_norm": Call((normal(3, 211, 97), normal(97)), {"eps": 1e-5}),

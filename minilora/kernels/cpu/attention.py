@@ -1,8 +1,8 @@
 """Causal attention a block of queries at a time: no (T, S) matrix is held, and keys after the block are never touched.
 
-A block is some queries of all G heads that share a key-value head, stacked: (t G, d) against (n, d) keys, two
-products without repeating k or v. Axes as in ops/attention.py: B batch, T queries, S keys, H heads, K key-value heads,
-G = H / K.
+A block is some queries of all G heads that share a key-value head, stacked to (t G, d) against (n, d) keys: two
+products, without repeating k or v; several key-value heads go into one call. Axes as in ops/attention.py: B batch,
+T queries, S keys, H heads, K key-value heads, G = H / K, d head width.
 """
 
 from __future__ import annotations
@@ -15,35 +15,50 @@ import numpy as np
 from ... import ops
 from ...backend import Array
 from .elementwise import computes
+from .memory import empty
 from .threads import run_all, scratch, thread_count
 
 BLOCK_ROWS = 192  # queries times heads of a block
 LEAST_STEP, MOST_STEP = 32, 128  # queries of a block, whatever the number of heads
+BLOCK_ENTRIES = 1 << 18  # scores of a block, all its key-value heads together
 
 
 class Blocks:
-    """The blocks of one call: which queries, which keys they see, and their scores."""
+    """How one call is cut up: queries `step` at a time, key-value heads `together` at a time; and a block's scores."""
 
     def __init__(self, q: np.ndarray, k: np.ndarray, scale: float, segments: Array | None, window: int | None) -> None:
-        self.q, self.k, self.scale, self.segments, self.window = q, k, scale, segments, window
+        self.q, self.k, self.segments, self.window = q, k, segments, window
+        self.scale = q.dtype.type(scale)
         self.batch, self.queries, heads, self.width = q.shape
         self.keys, self.kv_heads = k.shape[1:3]
         self.group = heads // self.kv_heads
         self.earlier = self.keys - self.queries  # keys from a cache, before the first query
-        self.step = min(max(BLOCK_ROWS // self.group, LEAST_STEP), MOST_STEP)
+        self.step = min(max(BLOCK_ROWS // self.group, LEAST_STEP), MOST_STEP, self.queries)
+        entries = self.step * self.group * self.keys
+        self.together = max(1, min(self.kv_heads, BLOCK_ENTRIES // entries))
+        self.later = hidden(np.arange(self.step)[:, None] < np.arange(self.step), q.dtype)
 
     def starts(self) -> range:
         return range(0, self.queries, self.step)
 
-    def heads(self, kv_head: int) -> slice:
-        return slice(kv_head * self.group, (kv_head + 1) * self.group)
+    def kv_parts(self) -> list[slice]:
+        """The key-value heads, `together` at a time."""
+        return [slice(first, first + self.together) for first in range(0, self.kv_heads, self.together)]
 
-    def rows(self, x: np.ndarray, row: int, kv_head: int, start: int, name: str, factor: float = 1.0) -> np.ndarray:
-        """The block's part of x (B, T, H, d), times factor, as (t G, d) in scratch."""
-        part = x[row, start : start + self.step, self.heads(kv_head)]
-        result = scratch(name, part.shape, part.dtype)
-        np.multiply(part, part.dtype.type(factor), out=result)
-        return result.reshape(-1, self.width)
+    def of_queries(self, x: np.ndarray, row: int, part: slice, start: int) -> np.ndarray:
+        """The block's part of x (B, T, H, d), as a view (P, t, G, d) with P key-value heads."""
+        block = x[row, start : start + self.step].reshape(-1, self.kv_heads, self.group, x.shape[-1])
+        return block[:, part].transpose(1, 0, 2, 3)
+
+    def of_keys(self, x: np.ndarray, row: int, part: slice, keys: slice) -> np.ndarray:
+        """The block's part of x (B, S, K, d), as a view (P, n, d)."""
+        return x[row, keys, part].transpose(1, 0, 2)
+
+    def gathered(self, x: np.ndarray, name: str) -> np.ndarray:
+        """A (P, t, G, d) view copied together as (P, t G, d), in scratch."""
+        result = scratch(name, x.shape, x.dtype)
+        result[...] = x
+        return result.reshape(len(x), -1, self.width)
 
     def key_range(self, row: int, start: int) -> slice:
         """The keys that some query of the block may see."""
@@ -55,22 +70,24 @@ class Blocks:
             low += int(own.argmax())
         return slice(low, stop)
 
-    def scores(self, row: int, kv_head: int, start: int, keys: slice) -> tuple[np.ndarray, np.ndarray]:
-        """scale · q kᵀ with −∞ where a key is not seen, (t G, n), and the scaled q (t G, d)."""
-        q = self.rows(self.q, row, kv_head, start, "q", self.scale)
-        count = keys.stop - keys.start
-        s = scratch("scores", (len(q), count), q.dtype)
-        np.matmul(q, self.k[row, keys, kv_head].T, out=s)
-        by_query = s.reshape(-1, self.group, count)
+    def scores(self, row: int, part: slice, start: int, keys: slice) -> tuple[np.ndarray, np.ndarray]:
+        """scale · q kᵀ with −∞ where a key is not seen, (P, t G, n), and scale · q, (P, t G, d)."""
+        q = self.gathered(self.of_queries(self.q, row, part, start), "q")
+        q *= self.scale
+        k = self.of_keys(self.k, row, part, keys)
+        s = scratch("scores", (*q.shape[:2], k.shape[1]), q.dtype)
+        np.matmul(q, k.transpose(0, 2, 1), out=s)
+        by_query = s.reshape(len(s), -1, self.group, k.shape[1])
         if self.segments is None and self.window is None:
-            late = len(by_query)  # only among the block's own positions is some key later than a query
-            by_query[:, :, count - late :] += later_keys(late, s.dtype)
+            late = by_query.shape[1]  # only among the block's own positions is some key later than a query
+            if late > 1:
+                by_query[..., k.shape[1] - late :] += self.later[:late, :, :late]
         else:
-            by_query += self.hidden(row, start, keys, s.dtype)
+            by_query += self.unseen(row, start, keys)
         return s, q
 
-    def hidden(self, row: int, start: int, keys: slice, dtype: np.dtype) -> np.ndarray:
-        """−∞ where a query does not see a key, else 0: (t, 1, n)."""
+    def unseen(self, row: int, start: int, keys: slice) -> np.ndarray:
+        """−∞ where a query of the block does not see a key, else 0: (t, 1, n)."""
         position = np.arange(self.earlier + start, min(self.earlier + start + self.step, self.keys))
         distance = position[:, None] - np.arange(keys.start, keys.stop)
         seen = distance >= 0
@@ -78,13 +95,17 @@ class Blocks:
             seen &= distance < self.window
         if self.segments is not None:
             seen &= self.segments[row, position][:, None] == self.segments[row, keys]
-        return np.where(seen, dtype.type(0), dtype.type(-np.inf))[:, None]
+        return hidden(~seen, self.q.dtype)
 
 
-def later_keys(count: int, dtype: np.dtype) -> np.ndarray:
-    """−∞ above the diagonal, 0 elsewhere: (count, 1, count)."""
-    position = np.arange(count)
-    return np.where(position[:, None] >= position, dtype.type(0), dtype.type(-np.inf))[:, None]
+def hidden(mask: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """What is added to scores: −∞ where the (t, n) mask holds, 0 elsewhere, (t, 1, n)."""
+    return np.where(mask, dtype.type(-np.inf), dtype.type(0))[:, None]
+
+
+def row_sums(x: np.ndarray) -> np.ndarray:
+    """Σ over the last axis, which stays: as a product with ones, several times faster than NumPy's sum."""
+    return np.matmul(x, np.ones((x.shape[-1], 1), x.dtype))
 
 
 def applies(q: Array, k: Array, v: Array, **options: object) -> bool:
@@ -94,67 +115,61 @@ def applies(q: Array, k: Array, v: Array, **options: object) -> bool:
 @ops.attention.kernel("cpu", applies)
 def attention(q: Array, k: Array, v: Array, *, scale: float, segments: Array | None = None, window: int | None = None):
     blocks = Blocks(q, k, scale, segments, window)
-    batch, queries, _, width = q.shape
-    o = np.empty(q.shape, q.dtype)
-    logsumexp = np.empty((batch, blocks.kv_heads, queries, blocks.group), q.dtype)
+    rows, parts, starts = range(blocks.batch), blocks.kv_parts(), blocks.starts()
+    o = empty(q.shape, q.dtype)
+    logsumexp = np.empty((blocks.batch, blocks.kv_heads, blocks.queries, blocks.group), q.dtype)
 
-    def forward(row: int, kv_head: int, start: int) -> None:
+    def forward(start: int, row: int, part: slice) -> None:
         keys = blocks.key_range(row, start)
-        s, _ = blocks.scores(row, kv_head, start, keys)
-        top = s.max(axis=1, keepdims=True)
+        s, _ = blocks.scores(row, part, start, keys)
+        top = s.max(axis=-1, keepdims=True)
         s -= top
         np.exp(s, out=s)
-        total = s.sum(axis=1, keepdims=True)
-        ob = scratch("o", (len(s), width), s.dtype)
-        np.matmul(s, v[row, keys, kv_head], out=ob)
-        target = o[row, start : start + blocks.step, blocks.heads(kv_head)]
-        np.divide(ob.reshape(target.shape), total.reshape(*target.shape[:2], 1), out=target)
+        total = row_sums(s)  # (P, t G, 1)
+        target = blocks.of_queries(o, row, part, start)
+        mixed = scratch("o", (*s.shape[:2], blocks.width), s.dtype)
+        np.matmul(s, blocks.of_keys(v, row, part, keys), out=mixed)
+        np.divide(mixed.reshape(target.shape), total.reshape(*target.shape[:3], 1), out=target)
         np.log(total, out=total)
         total += top
-        logsumexp[row, kv_head, start : start + blocks.step] = total.reshape(-1, blocks.group)
+        logsumexp[row, part, start : start + blocks.step] = total.reshape(target.shape[:3])
 
-    run_blocks(blocks, forward)
+    run_all([partial(forward, *task) for task in product(reversed(starts), rows, parts)])  # the longest first
 
     def vjp(do):
-        dq = np.empty(q.shape, q.dtype)
-        # A task is one row, one key-value head and every nth block of queries; each adds up its own dk and dv.
-        splits = min(len(blocks.starts()), max(1, -(-4 * thread_count() // (batch * blocks.kv_heads))))
-        dk, dv = (np.zeros((splits, *k.shape), k.dtype) for _ in range(2))
+        dq = empty(q.shape, q.dtype)
+        # A task takes every nth block of queries of its row and heads, and adds up its own dk and dv.
+        splits = min(len(starts), max(1, -(-4 * thread_count() // (len(rows) * len(parts)))))
+        dk, dv = (np.empty((splits, *k.shape), k.dtype) for _ in range(2))
 
-        def backward(row: int, kv_head: int, split: int) -> None:
-            for start in blocks.starts()[split::splits]:
+        def backward(row: int, part: slice, split: int) -> None:
+            heads = len(range(*part.indices(blocks.kv_heads)))
+            sum_dk, sum_dv = (scratch(name, (heads, blocks.keys, blocks.width), k.dtype) for name in ("dk", "dv"))
+            sum_dk[...] = 0
+            sum_dv[...] = 0
+            for start in starts[split::splits]:
                 keys = blocks.key_range(row, start)
-                p, qb = blocks.scores(row, kv_head, start, keys)
-                p -= logsumexp[row, kv_head, start : start + blocks.step].reshape(-1, 1)
+                p, qb = blocks.scores(row, part, start, keys)
+                p -= logsumexp[row, part, start : start + blocks.step].reshape(heads, -1, 1)
                 np.exp(p, out=p)
-                dob = blocks.rows(do, row, kv_head, start, "do")
-                own = o[row, start : start + blocks.step, blocks.heads(kv_head)]
-                delta = np.vecdot(dob.reshape(own.shape), own).reshape(-1, 1)
-                term = scratch("term", (keys.stop - keys.start, width), p.dtype)
-                dv[split, row, keys, kv_head] += np.matmul(p.T, dob, out=term)
+                do_view = blocks.of_queries(do, row, part, start)
+                dob = blocks.gathered(do_view, "do")
+                delta = np.vecdot(dob.reshape(do_view.shape), blocks.of_queries(o, row, part, start))
+                term = scratch("term", (heads, keys.stop - keys.start, blocks.width), p.dtype)
+                sum_dv[:, keys] += np.matmul(p.transpose(0, 2, 1), dob, out=term)
                 ds = scratch("dscores", p.shape, p.dtype)
-                np.matmul(dob, v[row, keys, kv_head].T, out=ds)
-                ds -= delta
+                np.matmul(dob, blocks.of_keys(v, row, part, keys).transpose(0, 2, 1), out=ds)
+                ds -= delta.reshape(heads, -1, 1)
                 ds *= p
-                dk[split, row, keys, kv_head] += np.matmul(ds.T, qb, out=term)
-                dqb = np.matmul(ds, k[row, keys, kv_head], out=dob)
-                target = dq[row, start : start + blocks.step, blocks.heads(kv_head)]
-                np.multiply(dqb.reshape(own.shape), q.dtype.type(scale), out=target)
+                sum_dk[:, keys] += np.matmul(ds.transpose(0, 2, 1), qb, out=term)
+                np.matmul(ds, blocks.of_keys(k, row, part, keys), out=dob)
+                np.multiply(dob.reshape(do_view.shape), blocks.scale, out=blocks.of_queries(dq, row, part, start))
+            blocks.of_keys(dk[split], row, part, slice(None))[...] = sum_dk
+            blocks.of_keys(dv[split], row, part, slice(None))[...] = sum_dv
 
-        run_all([partial(backward, *task) for task in product(range(batch), range(blocks.kv_heads), range(splits))])
+        run_all([partial(backward, *task) for task in product(rows, parts, range(splits))])
         if splits > 1:
-            dk, dv = dk.sum(axis=0, keepdims=True), dv.sum(axis=0, keepdims=True)
+            return dq, dk.sum(axis=0), dv.sum(axis=0)
         return dq, dk[0], dv[0]
 
     return o, vjp
-
-
-def run_blocks(blocks: Blocks, fn) -> None:
-    """fn(row, kv_head, start) for every block, the longest first."""
-    tasks = [
-        (row, head, start)
-        for start in reversed(blocks.starts())
-        for row in range(blocks.batch)
-        for head in range(blocks.kv_heads)
-    ]
-    run_all([partial(fn, *task) for task in tasks])

@@ -9,6 +9,7 @@ import numpy as np
 
 from ... import ops
 from ...backend import Array, cast
+from .memory import empty_like, remember
 from .threads import parallel_rows, scratch
 
 BLOCK_ENTRIES = 1 << 16  # of one array in a block (256 KiB in float32): a few of them fit the second-level cache
@@ -63,6 +64,14 @@ def silu_mul_into(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
     out *= up
 
 
+def silu_mul_rows(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
+    """silu_mul_into for any number of rows, as many at a time as the cache holds."""
+    step = max(1, BLOCK_ENTRIES // max(1, gate.shape[1]))
+    for start in range(0, len(gate), step):
+        part = slice(start, start + step)
+        silu_mul_into(gate[part], up[part], out[part])
+
+
 def silu_mul_vjp_into(gate: np.ndarray, up: np.ndarray, dh: np.ndarray, dgate: np.ndarray, dup: np.ndarray) -> None:
     """dup = dh · t and dgate = dh · up · (σ + t − t σ) with t = gate σ; dup may be dh's own memory."""
     s = scratch("sigmoid", gate.shape, gate.dtype)
@@ -82,16 +91,18 @@ def silu_mul_vjp_into(gate: np.ndarray, up: np.ndarray, dh: np.ndarray, dgate: n
 def silu_mul(gate: Array, up: Array):
     shape = gate.shape
     gate, up = flat(gate, up)
-    h = np.empty_like(gate)
+    h = empty_like(gate)
     over_rows(lambda a, b: silu_mul_into(gate[a:b], up[a:b], h[a:b]), gate)
 
     def vjp(dh):
         (dh,) = flat(dh)
-        dgate, dup = np.empty_like(gate), np.empty_like(up)
+        dgate, dup = empty_like(gate), empty_like(up)
         over_rows(lambda a, b: silu_mul_vjp_into(gate[a:b], up[a:b], dh[a:b], dgate[a:b], dup[a:b]), gate)
         return dgate.reshape(shape), dup.reshape(shape)
 
-    return h.reshape(shape), vjp
+    result = h.reshape(shape)
+    remember(result, lambda a, b, out: silu_mul_rows(gate[a:b], up[a:b], out))
+    return result, vjp
 
 
 # --- RMSNorm ----------------------------------------------------------------------------------------------------------
@@ -128,21 +139,27 @@ def rms_norm(x: Array, weight: Array, *, eps: float, needs: tuple[bool, bool]):
     shape = x.shape
     (x,) = flat(x)
     weight = cast(weight, x.dtype)
-    y, inverse = np.empty_like(x), np.empty((len(x), 1), x.dtype)
+    y, inverse = empty_like(x), np.empty((len(x), 1), x.dtype)
     over_rows(lambda a, b: rms_norm_into(x[a:b], weight, eps, y[a:b], inverse[a:b]), x)
 
     def vjp(dy):
         (dy,) = flat(dy)
         dx = dweight = None
         if needs[0]:
-            dx = np.empty_like(x)
+            dx = empty_like(x)
             over_rows(lambda a, b: rms_norm_vjp_into(x[a:b], weight, inverse[a:b], dy[a:b], dx[a:b]), x)
             dx = dx.reshape(shape)
         if needs[1]:
             dweight = (dy * (x * inverse)).sum(axis=0)
         return dx, dweight
 
-    return y.reshape(shape), vjp
+    def again(a: int, b: int, out: np.ndarray) -> None:
+        np.multiply(x[a:b], inverse[a:b], out=out)
+        out *= weight
+
+    result = y.reshape(shape)
+    remember(result, again)
+    return result, vjp
 
 
 # --- the residual stream ----------------------------------------------------------------------------------------------
@@ -156,7 +173,7 @@ def large(a: Array, b: Array) -> bool:
 def add(a: Array, b: Array, *, needs: tuple[bool, bool]):
     shape = a.shape
     a, b = flat(a, b)
-    y = np.empty_like(a)
+    y = empty_like(a)
     over_rows(lambda start, stop: np.add(a[start:stop], b[start:stop], out=y[start:stop]), y)
 
     def vjp(dy):

@@ -14,6 +14,7 @@ from ... import ops
 from ...backend import Array, cast
 from ...ops.linalg import rows
 from .elementwise import computes
+from .memory import empty, keep
 from .threads import parallel_rows, row_blocks, run_all, scratch
 
 MOST_ROWS = 512  # of one product: more gain nothing, fewer pack the weight too often
@@ -57,7 +58,7 @@ def linear_applies(x: Array, weight: Any, bias: Array | None = None) -> bool:
 def linear(x: Array, weight: Any, bias: Array | None = None, *, needs: tuple[bool, ...]):
     shape_x, width = x.shape, weight.shape[0]
     tokens = rows(x)
-    y = np.empty((len(tokens), width), x.dtype)
+    y = empty((len(tokens), width), x.dtype)
     narrow, weight = weight, cast(weight, x.dtype)
     bias = None if bias is None else cast(bias, x.dtype)
 
@@ -74,7 +75,7 @@ def linear(x: Array, weight: Any, bias: Array | None = None, *, needs: tuple[boo
         dx = dweight = None
         if needs[0]:
             wide = cast(narrow, g.dtype)
-            dx = np.empty((len(g), wide.shape[1]), g.dtype)
+            dx = empty((len(g), wide.shape[1]), g.dtype)
             over_gemm_rows(lambda a, b: np.matmul(g[a:b], wide, out=dx[a:b]), len(g))
             dx = dx.reshape(shape_x)
         if needs[1]:
@@ -97,7 +98,7 @@ def lora_linear(
     shape_x, (outside, inside), rank = x.shape, weight.shape, len(lora_A)
     tokens = rows(x)
     count = len(tokens)
-    y, u = np.empty((count, outside), x.dtype), np.empty((count, rank), x.dtype)
+    y, u = empty((count, outside), x.dtype), np.empty((count, rank), x.dtype)
     # ΔW costs a pass over W, the term u Bᵀ one over y: the smaller wins.
     merge = count > inside
     matrix = merged(weight, lora_A, lora_B, scale) if merge else cast(weight, x.dtype)
@@ -114,11 +115,11 @@ def lora_linear(
 
     over_gemm_rows(forward, count)
     kept_u: Any = u if needs[4] else None
-    kept: Any = tokens if needs[3] else None
+    kept: Any = keep(x) if needs[3] else None
 
     def vjp(dy):
         g = rows(dy)
-        dx: Any = np.empty((count, inside), g.dtype) if needs[0] else None
+        dx: Any = empty((count, inside), g.dtype) if needs[0] else None
         merge = needs[0] and count > outside
         if needs[0]:
             matrix = merged(weight, lora_A, lora_B, scale) if merge else cast(weight, g.dtype)
@@ -134,7 +135,7 @@ def lora_linear(
                 if not merge:
                     add_product(v, lora_A, dx[a:b])
             if needs[3]:
-                np.matmul(v.T, kept[a:b], out=parts_A[number])
+                np.matmul(v.T, kept(a, b), out=parts_A[number])
             if needs[4]:
                 np.matmul(g[a:b].T, kept_u[a:b], out=parts_B[number])
 

@@ -18,7 +18,7 @@ from .elementwise import BLOCK_ENTRIES, computes
 from .linear import LEAST_ROWS, MOST_ROWS, dense
 from .threads import parallel_rows, scratch
 
-TILE = 2048  # entries of the vocabulary at a time
+TILE = 4096  # entries of the vocabulary at a time
 
 
 def applies(x: Array, weight: Any, *, labels: Array, weights: Array) -> bool:
