@@ -9,7 +9,7 @@ from ..errors import MiniloraError
 from . import gpt2, llama, mistral, qwen2, qwen3
 from .cache import KVCache
 from .causal_lm import CausalLM
-from .config import ModelConfig
+from .config import ConfigReader, ModelConfig
 
 
 class Family(NamedTuple):
@@ -29,10 +29,11 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(raw: dict[str, Any]) -> Family:
-    """The Family of a config.json; MiniloraError names one that is not supported."""
+    """The Family of a config.json; MiniloraError names one that is not supported, or weights stored quantised."""
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise MiniloraError(f"config.json has model_type {model_type!r}; supported are {', '.join(sorted(FAMILIES))}")
+    ConfigReader(raw).refuse("quantization_config")
     return FAMILIES[model_type]
 
 

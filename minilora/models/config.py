@@ -97,7 +97,6 @@ def decoder_config(raw: dict[str, Any], **changes: Any) -> ModelConfig:
     """The ModelConfig of a Llama-like config.json: what its families have in common; `changes` are a family's own."""
     read = ConfigReader(raw)
     read.refuse("hidden_act", "silu")
-    read.refuse("quantization_config")
     heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
     kv_heads = read.size("num_key_value_heads", heads)
     if heads % kv_heads:

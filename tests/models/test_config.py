@@ -51,6 +51,7 @@ def test_rope_settings_have_an_old_and_a_new_place():
         ({"hidden_size": None}, "no 'hidden_size'"),
         ({"hidden_size": "24"}, "hidden_size = '24', expected a whole number"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config = {'bits': 4}, not supported"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\]; supported are"),
         ({"vocab_size": True}, "vocab_size = True"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0, expected at least 1"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small'"),
