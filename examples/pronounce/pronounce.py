@@ -59,8 +59,8 @@ def train_command(model: str, run: Path, options: argparse.Namespace) -> list[st
         "warmup": max(1, options.steps // 20),
         "schedule": "cosine",
         "batch-size": options.batch_size,
-        "max-length": 64,
-        "eval-every": max(1, options.steps // 10),
+        "max-length": 80,
+        "eval-every": max(1, options.steps // 5),
         "seed": options.seed,
     }
     return ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
@@ -149,11 +149,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Teach SmolLM2 to write pronunciations; measure it on unseen words.")
     parser.add_argument("run", type=Path, help="the folder for data, adapter and results")
     parser.add_argument("--model", default="smollm2", help="as for `minilora train` (default smollm2)")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--test", type=int, default=1000, help="unseen words to score after training (default 1000)")
+    parser.add_argument("--test", type=int, default=500, help="unseen words to score after training (default 500)")
     parser.add_argument("--baseline", type=int, default=100, help="how many of them to score before it (default 100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--publish", action="store_true", help="put the table and the loss curve into the README")
