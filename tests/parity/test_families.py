@@ -6,6 +6,7 @@ Logits, gradients and training of the families are lines in test_logits.py, test
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -85,3 +86,31 @@ def test_greedy_completions_beyond_the_window_are_those_of_transformers(family, 
         padded, attention_mask=mask, do_sample=False, max_new_tokens=16, pad_token_id=0, use_cache=True
     )
     assert generate_batch(model, prompts, 16, stop=[]) == np.asarray(generated[:, longest:]).tolist()
+
+
+# --- GPT-2 ------------------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_files_of_the_model_without_its_head_load(checkpoint, tmp_path):
+    """As OpenAI's on the hub: no "transformer." before the names."""
+    reference = reference_model(checkpoint(tiny.gpt2(), "float32"), "float32")
+    reference.transformer.save_pretrained(tmp_path / "bare")
+    found = ml.load_model(tmp_path / "bare").logits(TOKENS)
+    assert tiny.relative_error(found, reference_logits(reference, TOKENS)) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "c_proj", "c_fc"], ["mlp.c_proj", "lm_head"], ["lm_head"]])
+def test_an_adapter_of_gpt2_goes_to_peft_and_back(targets, checkpoint, tmp_path, float64_transformers):
+    """PEFT has no need to put fan_in_fan_out right for a Conv1D layer: it would warn."""
+    path = checkpoint(tiny.gpt2())
+    ours = ml.load_model(path)
+    tiny.add_random_adapter(ours, "a", ml.LoraConfig(r=2, alpha=4, target_modules=targets))
+    ours.save_adapter("a", tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
+        theirs = peft.PeftModel.from_pretrained(reference_model(path), tmp_path / "ours").eval()
+    assert tiny.relative_error(reference_logits(theirs, TOKENS), ours.logits(TOKENS)) < 1e-10
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = ml.load_model(path)
+    again.load_adapter("b", tmp_path / "theirs")
+    assert tiny.relative_error(again.logits(TOKENS), ours.logits(TOKENS)) < 1e-12
