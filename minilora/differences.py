@@ -159,12 +159,12 @@ class Differences:
                 label: step * (self.rng.uniform(1.0, 2.0) * 2.0**-16)
                 for label, step in self.random_direction(list(self.leaves)).items()
             }
-            with moved(self.leaves, steps) as move:
+            with moved(self.leaves, steps) as move, np.errstate(all="ignore"):
                 fourth = [6 * base for base in self.base]
                 for t, weight in ((-2.0, 1.0), (-1.0, -4.0), (1.0, -4.0), (2.0, 1.0)):
                     move(t)
                     fourth = [total + weight * array for total, array in zip(fourth, self.fn(), strict=True)]
-            variances = [v + d**2 / (70 * NOISE_PROBES) for v, d in zip(variances, fourth, strict=True)]
+            variances = [v + _finite(d**2) / (70 * NOISE_PROBES) for v, d in zip(variances, fourth, strict=True)]
         return [
             abs(c) * array_module(y).maximum(variance**0.5, EPS * abs(y))
             for c, y, variance in zip(self.cotangents, self.base, variances, strict=True)
@@ -213,6 +213,12 @@ def scale(array: Array) -> Array:
 def random_like(array: Array, rng: np.random.Generator) -> Array:
     """Standard normal float64 values in the shape and on the device of `array`."""
     return array_module(array).asarray(rng.standard_normal(array.shape))
+
+
+def _finite(array: Array) -> Array:
+    """Zero where a step left the function's domain."""
+    xp = array_module(array)
+    return xp.where(xp.isfinite(array), array, 0.0)
 
 
 def inner(left: Sequence[Array], right: Sequence[Array]) -> float:

@@ -1,19 +1,19 @@
 """What every test shares: the device its arrays live on, and how many examples hypothesis tries.
 
-    pytest                      arrays on the CPU, few examples, the same ones every time
-    pytest --device cuda        the same tests with CuPy arrays
-    pytest --thorough           20 times as many examples
+pytest                      arrays on the CPU, few examples, the same ones every time
+pytest --device cuda        the same tests with CuPy arrays
+pytest --thorough           20 times as many examples
 """
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from minilora.backend import parse_device
 from minilora.errors import MiniloraError
 
-EXAMPLES = 15
+EXAMPLES = 25
 THOROUGH = 20  # times as many
 
 _common = {
@@ -25,6 +25,8 @@ _common = {
 }
 settings.register_profile("ci", max_examples=EXAMPLES, **_common)
 settings.register_profile("thorough", max_examples=EXAMPLES * THOROUGH, **_common)
+# For tests that are to fail on a planted bug: the first failing example is enough (tests/mutants).
+settings.register_profile("failing", max_examples=EXAMPLES, phases=[Phase.explicit, Phase.generate], **_common)
 settings.load_profile("ci")
 
 

@@ -107,14 +107,15 @@ def test_a_sample_of_entries_catches_a_wrong_column(device):
         gradcheck(planted, [normal(device, 40, 8)], entries=40, directions=0)
 
 
-def test_a_gradient_below_the_noise_floor_is_inconclusive_and_never_passed(device):
-    for factor in (1.0, -1.0, 0.0):  # right or wrong: it cannot be told
-        planted = scaled_gradient(factor)
-        with pytest.raises(GradientError, match="could not be checked") as caught:
-            gradcheck(lambda x, planted=planted: planted(x) * 1e-20 + 1.0, [normal(device, 2, 3)], directions=0)
-        assert caught.value.report.inconclusive + caught.value.report.zero == 6
-        assert caught.value.report.checked == 0
-        assert caught.value.finding is None
+@pytest.mark.parametrize("factor", [1.0, -1.0, 0.0])  # right or wrong: it cannot be told
+@pytest.mark.parametrize("magnitude", [1e-20, 3e-14])  # far below one bit of the value, and near it
+def test_a_gradient_below_the_noise_floor_is_inconclusive_and_never_passed(device, factor, magnitude):
+    planted = scaled_gradient(factor)
+    with pytest.raises(GradientError, match="could not be checked") as caught:
+        gradcheck(lambda x: planted(x) * magnitude + 1.0, [normal(device, 2, 3)], directions=0)
+    assert caught.value.report.inconclusive + caught.value.report.zero == 6
+    assert caught.value.report.checked == 0
+    assert caught.value.finding is None
 
 
 def test_inconclusive_entries_are_counted_beside_those_that_were_checked(device):
@@ -149,6 +150,27 @@ def test_a_gradient_where_the_function_is_flat_is_wrong(device):
 
     with pytest.raises(GradientError):
         gradcheck(wrong(planted), [normal(device, 3)])
+
+
+def test_an_infinite_gradient_is_wrong_even_where_no_difference_can_be_taken(device):
+    x = backend.to_device(np.array([0.0, 1.0]), device)  # the square root ends at zero
+    with np.errstate(divide="ignore"), pytest.raises(GradientError, match=r"entry \(0,\): analytic inf"):
+        gradcheck(lambda x: Primitive(ops.sqrt.definition)(x), [x], directions=0)
+
+
+def test_an_entry_of_a_smooth_function_takes_three_pairs_of_evaluations(device):
+    calls = []
+
+    def counted(x):
+        calls.append(1)
+        return ops.tanh(x)
+
+    costs = []
+    for entries in (0, 20):
+        calls.clear()
+        gradcheck(counted, [normal(device, 20)], entries=entries, directions=1)
+        costs.append(len(calls))
+    assert (costs[1] - costs[0]) / 20 <= 6.5
 
 
 def test_a_missing_gradient_is_wrong(device):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minilora.backend import FLOAT_DTYPES, array_module, device_of, dtype_of, to_device
-from minilora.gradcheck import GradientError, Report, dot_product_check, gradcheck
+from minilora.gradcheck import GradientError, dot_product_check, gradcheck
 from minilora.tensor import PRIMITIVES, Primitive, Tensor, backward, definitions_only
 
 from .case import Call, Case
@@ -21,23 +21,28 @@ DIFFERENCES = 1e-7  # and against finite differences
 NOISE = 1e-10  # rounding noise of the primitive: float32 inside would bring 1e-8 or more
 
 
+Recorder = Callable[[str, float], None]
+
+
 def check_primitive(
-    name: str, case: Case, call: Call, device: str, recorder: Callable[[str, Report], None] | None = None
+    name: str, case: Case, call: Call, device: str, record: Recorder = lambda against, error: None
 ) -> None:
     """Everything that is asked of a primitive, on one call; an AssertionError says what does not hold.
 
     The triple check: its value and its vjp are those of the composition, and of finite differences. Then: the vjp is
     the adjoint for any cotangent; strides change nothing; float32 agrees with float64 and stays float32; exactly the
     inputs that need a gradient get one; the device is kept. It is the definition in ops/ that is checked; kernels are
-    held to it by `check_kernels`. recorder: told of the report of the differences.
+    held to it by `check_kernels`.
+
+    record: told of the errors that were seen, against "composition", "differences" and "float32".
     """
     with case.setting(), definitions_only():
         call = on_device(call, device)
         values, gradients, cotangents = run(PRIMITIVES[name], call)
-        _same_as_composition(name, case, call, values, gradients, cotangents)
-        _same_as_differences(name, case, call, recorder)
+        record("composition", _same_as_composition(name, case, call, values, gradients, cotangents))
+        record("differences", _same_as_differences(name, case, call))
         same_for_any_strides(PRIMITIVES[name], call, values, gradients, cotangents)
-        _narrower(name, case, call, cotangents)
+        record("float32", _narrower(name, case, call, cotangents))
         only_what_needs_it(PRIMITIVES[name], call, gradients, cotangents)
         assert all(
             device_of(array) == device_of(values[0]) for array in (*values, *(g for g in gradients if g is not None))
@@ -92,17 +97,20 @@ def run(
     return values, [getattr(value, "grad", None) for value in inputs], list(cotangents)
 
 
-def assert_close(found: Sequence[Any], expected: Sequence[Any], bound: float, what: str, scale: float = 0.0) -> None:
+def assert_close(found: Sequence[Any], expected: Sequence[Any], bound: float, what: str, scale: float = 0.0) -> float:
     """‖found − expected‖ ≤ bound · max(‖expected‖, scale) for each pair; None only where None is expected.
 
-    scale: what a result that cancels to nearly nothing is measured against.
+    scale: what a result that cancels to nearly nothing is measured against. Returns the largest ratio.
     """
+    worst = 0.0
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert (a is None) == (b is None), f"{what} {index}: {'no' if a is None else 'an unexpected'} gradient"
         if a is not None:
             assert a.shape == b.shape, f"{what} {index} has shape {a.shape}, expected {b.shape}"
             error = norm(a.astype(np.float64) - b.astype(np.float64)) / max(norm(b), scale, 1e-300)
             assert error <= bound, f"{what} {index} is off by {error:.2g} in relative norm, expected {bound:.0e}"
+            worst = max(worst, error)
+    return worst
 
 
 def norm(*arrays: Any) -> float:
@@ -114,16 +122,17 @@ def norm(*arrays: Any) -> float:
 
 def _same_as_composition(
     name: str, case: Case, call: Call, values: list[Any], gradients: list[Any], cotangents: list[Any]
-) -> None:
+) -> float:
     expected, expected_gradients, _ = run(case.composition, call, cotangents)
-    assert_close(values, expected, FORWARD, f"{name}'s value")
+    forward = assert_close(values, expected, FORWARD, f"{name}'s value")
     trained = [None if i in case.frozen else gradient for i, gradient in enumerate(expected_gradients)]
     frozen = [gradient for i, gradient in enumerate(gradients) if i in case.frozen]
     assert all(gradient is None for gradient in frozen), f"{name} forms the gradient of a frozen input"
-    assert_close(gradients, trained, BACKWARD, f"{name}'s gradient of input", 0.1 * norm(*cotangents))
+    scale = 0.1 * norm(*cotangents)
+    return max(forward, assert_close(gradients, trained, BACKWARD, f"{name}'s gradient of input", scale))
 
 
-def _same_as_differences(name: str, case: Case, call: Call, recorder: Callable[[str, Report], None] | None) -> None:
+def _same_as_differences(name: str, case: Case, call: Call) -> float:
     function = _bound(name, call)
     inputs = [
         Tensor(value.copy(), requires_grad=i not in case.frozen) if is_float_array(value) else value
@@ -131,19 +140,17 @@ def _same_as_differences(name: str, case: Case, call: Call, recorder: Callable[[
     ]
     leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad and value.size]
     if not leaves or not np.prod(function(*inputs).shape):
-        return
+        return 0.0
     try:
         report = gradcheck(function, inputs, entries=12)
     except GradientError as error:
-        report = error.report
-        if report.wrong or report.inconclusive:
+        if error.report.wrong or error.report.inconclusive:
             raise
-        return  # nothing moves: every entry is masked out
+        return 0.0  # nothing moves: every entry is masked out
     assert report.noise < NOISE, f"{name} computes in less than float64: its rounding noise is {report.noise:.1g}"
     assert report.error < DIFFERENCES
-    if recorder is not None:
-        recorder(name, report)
     dot_product_check(function, inputs)
+    return report.error
 
 
 def _bound(name: str, call: Call) -> Callable[..., Any]:
@@ -189,7 +196,7 @@ def same_for_any_strides(
         assert_close(found_gradients, expected, bound, f"{name}'s gradient, for a repeated incoming one, of input", 0.1)
 
 
-def _narrower(name: str, case: Case, call: Call, cotangents: list[Any]) -> None:
+def _narrower(name: str, case: Case, call: Call, cotangents: list[Any]) -> float:
     """In float32 the value and gradients are float32, and those of float64 for the same inputs to rounding."""
     narrow = in_dtype(call, "float32")
     given = [array.astype(np.float32) for array in cotangents]
@@ -198,9 +205,9 @@ def _narrower(name: str, case: Case, call: Call, cotangents: list[Any]) -> None:
         assert array.dtype == np.float32, f"{name} turns float32 into {array.dtype}"
     values, gradients, _ = run(PRIMITIVES[name], in_dtype(narrow, "float64"), [a.astype(np.float64) for a in given])
     scale = 0.1 * norm(*(value for value in call.inputs if is_float_array(value)))
-    assert_close(found, values, case.float32, f"{name}'s float32 value", scale)
-    gradient_scale = 0.1 * norm(*cotangents)
-    assert_close(found_gradients, gradients, case.float32, f"{name}'s float32 gradient of input", gradient_scale)
+    forward = assert_close(found, values, case.float32, f"{name}'s float32 value", scale)
+    what = f"{name}'s float32 gradient of input"
+    return max(forward, assert_close(found_gradients, gradients, case.float32, what, 0.1 * norm(*cotangents)))
 
 
 def in_dtype(call: Call, dtype: str) -> Call:
