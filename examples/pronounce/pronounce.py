@@ -89,7 +89,7 @@ def run_all(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     model.load_adapter("pronounce", run / "adapter", trainable=False)
     after, written = evaluate(model, rows)
     return {
-        "command": " ".join(["minilora", *command]),
+        "command": " ".join(["minilora", *command]).replace(str(run), "RUN"),
         "rows": sizes,
         "rows_trained_on": options.steps * options.batch_size,
         "minutes_of_training": seconds / 60,
