@@ -29,7 +29,7 @@ def main() -> int:
         survivors += not outcome.killed_by
         killer = outcome.killed_by.rpartition("/")[2] or "NOT NOTICED"
         print(
-            f"{number:3}  {outcome.mutant.file:20} {outcome.mutant.what:72} {killer}  {outcome.seconds:.1f} s",
+            f"{number:3}  {outcome.mutant.file:26} {outcome.mutant.what:72} {killer}  {outcome.seconds:.1f} s",
             flush=True,
         )
     noticed = len(chosen) - survivors

@@ -788,4 +788,156 @@ CHECK = [
     ),
 ]
 
-MUTANTS = [*ARITHMETIC, *MATRICES, *MOVES, *FUSED, *ATTENTION, *LORA, *NETWORK, *TAPE, *OPTIMISER, *CHECK]
+CHAIN = ("tests/kernels/test_chains.py",)
+
+KERNELS = [
+    Mutant(
+        "kernels/cpu/elementwise.py",
+        "    t += s\n    dgate *= t",
+        "    dgate *= s",
+        "kernel silu_mul: the derivative of σ is dropped",
+        kernel("silu_mul"),
+    ),
+    Mutant(
+        "kernels/cpu/elementwise.py",
+        "    np.multiply(dh, t, out=dup)",
+        "    np.multiply(dh, s, out=dup)",
+        "kernel silu_mul: σ instead of silu for dup",
+        kernel("silu_mul"),
+    ),
+    Mutant(
+        "kernels/cpu/elementwise.py",
+        "silu_mul_into(gate[a:b], up[a:b], h[a:b])",
+        "silu_mul_into(gate[a:b], up[a:b], h[: b - a])",
+        "kernel silu_mul: every block writes to the first rows",
+        kernel("silu_mul"),
+    ),
+    Mutant(
+        "kernels/cpu/elementwise.py",
+        "lambda a, b, out: silu_mul_rows(gate[a:b], up[a:b], out)",
+        "lambda a, b, out: silu_mul_rows(gate[: b - a], up[a:b], out)",
+        "kernel silu_mul: the first rows' gate when it is made again",
+        CHAIN,
+    ),
+    Mutant(
+        "kernels/cpu/elementwise.py",
+        "coefficient *= inverse * inverse / x.shape[1]",
+        "coefficient *= inverse / x.shape[1]",
+        "kernel rms_norm: 1/ρ is not squared",
+        kernel("rms_norm"),
+    ),
+    Mutant(
+        "kernels/cpu/elementwise.py",
+        "    inverse += eps\n",
+        "",
+        "kernel rms_norm: eps is forgotten",
+        kernel("rms_norm"),
+    ),
+    Mutant(
+        "kernels/cpu/elementwise.py",
+        "        np.multiply(x[a:b], inverse[a:b], out=out)\n        out *= weight",
+        "        np.multiply(x[a:b], inverse[a:b], out=out)",
+        "kernel rms_norm: the weight is missing when it is made again",
+        CHAIN,
+    ),
+    Mutant(
+        "kernels/cpu/linear.py",
+        "np.matmul(lora_B[part] * scale, lora_A, out=result[part])",
+        "np.matmul(lora_B[part], lora_A, out=result[part])",
+        "kernel lora_linear: W + B A without the scale",
+        kernel("lora_linear"),
+    ),
+    Mutant(
+        "kernels/cpu/linear.py",
+        "return parts[0] if len(parts) == 1 else parts.sum(axis=0)",
+        "return parts[0]",
+        "kernel lora_linear: dA and dB of the first block only",
+        kernel("lora_linear"),
+    ),
+    Mutant(
+        "kernels/cpu/linear.py",
+        "d_lora_B = sum_of_parts(parts_B) * g.dtype.type(scale)",
+        "d_lora_B = sum_of_parts(parts_B)",
+        "kernel lora_linear: dB lacks the scale",
+        kernel("lora_linear"),
+    ),
+    Mutant(
+        "kernels/cpu/linear.py",
+        "                if not merge:\n                    add_product(v, lora_A, dx[a:b])",
+        "                pass",
+        "kernel lora_linear: dx lacks the adapter's part where W is not merged",
+        kernel("lora_linear"),
+    ),
+    Mutant(
+        "kernels/cpu/linear.py",
+        "np.matmul(g[:, a:b].T, kept, out=dweight[a:b])",
+        "np.matmul(g[:, a:b].T, kept, out=dweight[: b - a])",
+        "kernel linear: every block of dW goes to the first rows",
+        kernel("linear"),
+    ),
+    Mutant(
+        "kernels/cpu/attention.py",
+        "ds -= delta.reshape(heads, -1, 1)",
+        "pass",
+        "kernel attention: the softmax's row term is dropped",
+        kernel("attention"),
+    ),
+    Mutant(
+        "kernels/cpu/attention.py",
+        "low = 0 if self.window is None else max(0, first - self.window + 1)",
+        "low = 0 if self.window is None else max(0, first - self.window + 2)",
+        "kernel attention: a block of keys begins one late",
+        kernel("attention"),
+    ),
+    Mutant(
+        "kernels/cpu/attention.py",
+        "sum_dk[:, keys] += np.matmul(ds.transpose(0, 2, 1), qb, out=term)",
+        "sum_dk[:, keys] = np.matmul(ds.transpose(0, 2, 1), qb, out=term)",
+        "kernel attention: dk of the last block of queries only",
+        kernel("attention"),
+    ),
+    Mutant(
+        "kernels/cpu/attention.py",
+        "        total += top\n",
+        "",
+        "kernel attention: the log-sum-exp lacks the maximum",
+        kernel("attention"),
+    ),
+    Mutant(
+        "kernels/cpu/rotary.py",
+        "table = row if len(cosines) > 1 else 0",
+        "table = 0",
+        "kernel rotary: every sequence has the first one's positions",
+        kernel("rotary"),
+    ),
+    Mutant(
+        "kernels/cpu/memory.py",
+        "            if sys.getrefcount(held[index]) == FREE:\n                return held[index]",
+        "            return held[index]",
+        "buffers: one that is in use is given out again",
+        CHAIN,
+    ),
+    Mutant(
+        "models/cache.py",
+        "held[:, self.length : self.length + time] = new.data",
+        "held[:, :time] = new.data",
+        "KV cache: new keys overwrite the first ones",
+        ("tests/models/test_network.py::test_logits_through_the_cache_are_those_of_one_pass",),
+    ),
+    Mutant(
+        "models/cache.py",
+        "self.length = min(self.length, length)",
+        "pass",
+        "KV cache: what was cut off stays",
+        ("tests/models/test_network.py::test_a_truncated_cache_goes_on_from_there",),
+    ),
+    Mutant(
+        "models/rope.py",
+        "        if needed > len(self.cos):",
+        "        if not len(self.cos):",
+        "rotary table: not grown for a longer sequence",
+        ("tests/models",),
+    ),
+]
+
+MUTANTS = [*ARITHMETIC, *MATRICES, *MOVES, *FUSED, *ATTENTION, *LORA, *NETWORK, *TAPE, *OPTIMISER, *CHECK, *KERNELS]
