@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,3 +189,19 @@ def test_a_position_of_gpt2_reaches_the_logits_and_restarts_in_a_segment():
     assert all(tiny.relative_error(logits[0, time], logits[0, 0]) > 1e-2 for time in range(1, 6))
     restarted = model.logits(same, np.array([[1, 1, 1, 2, 2, 2]]))
     np.testing.assert_allclose(restarted[0, 3:], restarted[0, :3], rtol=1e-12, atol=1e-12)
+
+
+# --- the page about them ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_models_lists_every_family_and_tests_that_exist():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "models.md").read_text("utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \(`", page, re.M)) == set(FAMILIES)
+    named = re.findall(r"`(tests/[\w/]+\.py|…)(?:::(\w+))?`", page)
+    assert len(named) > 15
+    file = ""
+    for path, test in named:
+        file = file if path == "…" else path
+        assert not test or f"def {test}(" in (root / file).read_text("utf-8"), test
+        assert (root / file).exists(), file
