@@ -1,8 +1,8 @@
 """The command line, `minilora COMMAND ...`: thin commands that parse, call the library and print.
 
 A command is a module of this package with a typed function `command`, whose docstring is its help. Adding one is one
-line in COMMANDS. What takes long to import (everything but the standard library and typer) is imported inside the
-function, so that --help answers at once. Exit status: 0 done; 1 a clear line on stderr; 2 wrong usage; 130 interrupted.
+line in COMMANDS. A command's module is imported when the command is called, so that --help answers at once.
+Exit status: 0 done; 1 a clear line on stderr; 2 wrong usage; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,38 @@ from typer.core import TyperGroup
 
 from ..errors import MiniloraError
 
-COMMANDS = ("train", "eval", "generate", "merge", "export", "inspect")
+COMMANDS = {  # name -> the first sentence of its help
+    "train": "Fine-tune a model: train a low-rank adapter on your examples, the base staying as it is.",
+    "eval": "Measure loss, perplexity and exact match on a data set, for the base and for each adapter.",
+    "generate": "Continue a text or answer a message, with or without adapters.",
+    "merge": "Merge an adapter into its base and write the result as a Hugging Face directory.",
+    "export": "Write an adapter in another tool's format, after checking that it fits its base.",
+    "inspect": "Show what a model, an adapter or a GGUF file holds: shapes, dtypes, sizes, ranks, norms.",
+}
+SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
 class Commands(TyperGroup):
     """The group of all commands: bad input of any of them becomes one line on stderr and exit status 1."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        unloaded: Any = None  # the names are for guessing what a mistyped one was meant to be
+        self.commands.update(dict.fromkeys(COMMANDS, unloaded))
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        single = typer.Typer(add_completion=False, **SETTINGS)
+        single.command(cmd_name)(import_module(f".{cmd_name}", __package__).command)
+        return typer.main.get_command(single)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,7 +74,7 @@ class Commands(TyperGroup):
         raise typer.Exit(1)
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, **SETTINGS)
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,10 +90,6 @@ def _options(
     ] = False,
 ) -> None:
     """LoRA fine-tuning written from scratch on NumPy; the same source runs on a GPU through CuPy."""
-
-
-for _name in COMMANDS:
-    app.command(_name)(import_module(f".{_name}", __package__).command)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def command(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Measure loss, perplexity and exact match on a data set, for the base and for each adapter beside it."""
+    """Measure loss, perplexity and exact match on a data set, for the base and for each adapter."""
     from ..data import load_data
     from ..train import TrainConfig
 

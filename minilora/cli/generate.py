@@ -46,7 +46,10 @@ def command(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Continue a text (--prompt) or answer a message (--chat, --messages), under each --adapter in turn."""
+    """Continue a text or answer a message, with or without adapters.
+
+    Several adapters answer one after another.
+    """
     from ..generate import end_tokens
 
     given = read_prompt(prompt, chat, messages, system)

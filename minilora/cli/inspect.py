@@ -41,7 +41,10 @@ def command(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a model, an adapter or a GGUF file holds: shapes, dtypes, sizes; of an adapter ranks and ‖ΔW‖ too."""
+    """Show what a model, an adapter or a GGUF file holds: shapes, dtypes, sizes, ranks, norms.
+
+    Of each layer that an adapter changes it shows rank, scale and ‖ΔW‖_F.
+    """
     from ..formats.checkpoint import find_model
     from ..formats.listing import list_tensors
 

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,21 @@ def test_every_command_has_help_for_each_of_its_options(run, command):
     status, shown, errors = run(command, "--help")
     assert (status, errors) == (0, "")
     assert f"Usage: minilora {command}" in shown or f"{command} [OPTIONS]" in shown
-    import typer.main
-
-    for parameter in typer.main.get_command(cli.app).commands[command].params:
+    first = import_module(f"minilora.cli.{command}").command.__doc__.strip().partition("\n")[0]
+    assert first == cli.COMMANDS[command]
+    for parameter in typer.main.get_command(cli.app).get_command(None, command).params:
         assert parameter.help or parameter.name == "help", parameter.name
+
+
+def test_help_imports_no_command():
+    code = (
+        "import sys; from minilora.cli import app; app(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Commands:" in done.stdout
+    assert "'minilora.cli'" in done.stdout
+    assert not any(f"'minilora.cli.{command}'" in done.stdout for command in cli.COMMANDS)
+    assert "'rich'" not in done.stdout
 
 
 def test_help_takes_under_a_third_of_a_second():

@@ -25,6 +25,7 @@ def place(tmp_path, base, adapter, foreign_adapter, monkeypatch):
         shutil.copytree(source, tmp_path / name)
     (tmp_path / "data.jsonl").write_text(ROW * 3)
     shutil.copytree(adapter, tmp_path / "run")
+    (tmp_path / "run" / "minilora.toml").write_text("# an earlier run's\n")
     shutil.copytree(base, tmp_path / "merged")
     (tmp_path / "predictions").write_text("earlier")
     monkeypatch.chdir(tmp_path)
