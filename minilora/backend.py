@@ -101,11 +101,6 @@ def device_of(array: Array) -> str:
     return "cpu" if array_module(array) is np else f"cuda:{array.device.id}"
 
 
-def is_cuda(array: Array) -> bool:
-    """Whether the array lives on a GPU."""
-    return array_module(array) is not np
-
-
 def to_device(array: Array, device: str) -> Array:
     """`array` on the device; the same object when it is there already."""
     kind, index = parse_device(device)
@@ -127,6 +122,13 @@ def on_device(device: str) -> Any:
     return cupy.cuda.Device(index)
 
 
+def use_device(device: str) -> None:
+    """Let new arrays of CuPy's and its kernels land on the device from here on (nothing to do for the CPU)."""
+    kind, index = parse_device(device)
+    if kind == "cuda":
+        sys.modules["cupy"].cuda.Device(index).use()
+
+
 def to_numpy(array: Any) -> np.ndarray:
     """A NumPy array with the values of an array or Tensor (no copy where it is NumPy's already)."""
     if hasattr(array, "requires_grad"):  # a Tensor; arrays of either library have a `data` too, which is another thing
@@ -135,12 +137,6 @@ def to_numpy(array: Any) -> np.ndarray:
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy.asnumpy(array)
     return np.asarray(array)
-
-
-def synchronize(array: Array) -> None:
-    """Wait until the device has computed the array (GPU work is asynchronous; the CPU's is not)."""
-    if is_cuda(array):
-        array_module(array).cuda.get_current_stream().synchronize()
 
 
 # --- arithmetic that all of the engine shares ------------------------------------------------------------------------

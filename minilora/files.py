@@ -11,9 +11,7 @@ import errno
 import json
 import os
 import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,48 +56,6 @@ def atomic_write_all(files: Mapping[Path, Content]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty directory beside `path`, and put it in `path`'s place once the block has ended without an error.
-
-    An existing directory is replaced whole, and only by a complete one. To be replaced it must look like an earlier
-    version: empty, or sharing a file name with the new one and holding no sub-directory that the new one lacks. A crash
-    between the two renames leaves the old one beside it, under a hidden name that ends in `.old`.
-    Raises MiniloraError where the system refuses or `path` holds something else; `path` is then untouched.
-    """
-    target = Path(os.path.realpath(path))
-    temporary = _temporary_beside(target)
-    replaced = temporary.with_suffix(".old")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
-        if target.exists():
-            _check_replaceable(target, temporary)
-            os.rename(target, replaced)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if replaced.exists():
-                os.rename(replaced, target)
-            raise
-        _fsync(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise write_error(target, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write `obj` as indented UTF-8 JSON, atomically."""
-    atomic_write(path, json_bytes(obj))
-
-
 def json_bytes(obj: Any) -> bytes:
     """`obj` as indented UTF-8 JSON that ends in a newline."""
     return (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
@@ -132,21 +88,6 @@ def write_error(path: Path, error: OSError) -> MiniloraError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MiniloraError(f"cannot write {path}: the disk is full; free some space (what was there before is whole)")
     return MiniloraError(f"cannot write {path}: {error.strerror or error} (what was there before is whole)")
-
-
-def _check_replaceable(old: Path, new: Path) -> None:
-    """Refuse to replace a folder of somebody else's files, such as a home directory given by mistake."""
-    if not old.is_dir():
-        raise MiniloraError(f"{old} is a file, expected a directory or nothing there; choose another name or remove it")
-    if not (entries := list(old.iterdir())):
-        return
-    foreign = [entry.name for entry in entries if entry.is_dir() and not (new / entry.name).is_dir()]
-    if foreign or not any((new / entry.name).exists() for entry in entries):
-        found = (foreign or [entries[0].name])[0]
-        raise MiniloraError(
-            f"{old} already exists and holds other things (such as {found}) that replacing it would destroy; "
-            "choose another directory or remove that one"
-        )
 
 
 def _temporary_beside(target: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import FLOAT_DTYPES, Array, cast, compute_dtype, dtype_of, parse_device, to_device, to_numpy
+from .backend import FLOAT_DTYPES, Array, cast, compute_dtype, dtype_of, to_device, to_numpy, use_device
 from .errors import MiniloraError
 from .lora import PEFT_PREFIX, Adapters, LoraConfig, Merge
 from .lora.targets import selected, shortest_patterns
@@ -33,7 +33,7 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
     """
     from .formats.checkpoint import find_model, open_checkpoint
 
-    parse_device(device)
+    use_device(device)
     wanted = None if dtype is None else dtype_of(dtype)
     checkpoint = open_checkpoint(find_model(path))
     if wanted is None and checkpoint.format == "gguf":
@@ -81,6 +81,7 @@ def new_model(
     config: Mapping[str, Any], seed: int = 0, device: str = "cpu", dtype: str = "float32", std: float = 0.02
 ) -> Model:
     """A model with random weights (normal, deviation `std`; norms 1, biases 0) from a config.json's contents."""
+    use_device(device)
     family = family_of(dict(config))
     random = np.random.default_rng(seed)
     held = dtype_of(dtype)
@@ -143,7 +144,7 @@ class Model:
 
     def to(self, device: str) -> Model:
         """Move all weights and adapters to the device, in place; returns the model."""
-        parse_device(device)
+        use_device(device)
         for tensor in self._all_tensors():
             if isinstance(tensor.data, CompressedWeight):
                 raise MiniloraError(

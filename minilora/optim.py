@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, array_module
+from .backend import Array, array_module, to_device
 from .errors import MiniloraError
 from .tensor import Tensor
 
@@ -61,8 +61,10 @@ class AdamW:
             if name not in self.moments:
                 xp = array_module(parameter.data)
                 self.moments[name] = (xp.zeros_like(parameter.data), xp.zeros_like(parameter.data))
+            m, v = (to_device(moment, parameter.device) for moment in self.moments[name])  # a copy after model.to only
+            self.moments[name] = (m, v)
             self.steps[name] += 1
-            self._update(parameter.data, parameter.grad, *self.moments[name], self.steps[name])
+            self._update(parameter.data, parameter.grad, m, v, self.steps[name])
 
     def _update(self, w: Array, g: Array, m: Array, v: Array, t: int) -> None:
         beta1, beta2 = self.betas

@@ -12,12 +12,10 @@ import pytest
 from minilora import files
 from minilora.errors import MiniloraError
 from minilora.files import (
-    atomic_directory,
     atomic_write,
     atomic_write_all,
     read_json,
     read_json_object,
-    write_json,
 )
 
 
@@ -127,105 +125,7 @@ def test_a_file_where_a_folder_is_needed_is_an_error(tmp_path):
 # ---------------------------------------------------------------- directories
 
 
-def test_a_directory_appears_complete(tmp_path):
-    with atomic_directory(tmp_path / "out") as folder:
-        (folder / "a").write_text("1")
-        (folder / "sub").mkdir()
-        assert not (tmp_path / "out").exists()
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["a", "sub"]
-
-
-def test_a_directory_is_replaced_whole(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").write_text("old")
-    (tmp_path / "out" / "stale").write_text("old")
-    with atomic_directory(tmp_path / "out") as folder:
-        (folder / "a").write_text("new")
-    assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["a"]
-    assert (tmp_path / "out" / "a").read_text() == "new"
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MiniloraError])
-def test_an_error_inside_leaves_the_old_directory(tmp_path, error):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").write_text("old")
-
-    def write_half():
-        with atomic_directory(tmp_path / "out") as folder:
-            (folder / "a").write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        write_half()
-    assert names(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "a").read_text() == "old"
-
-
-def test_a_full_disk_leaves_the_old_directory(tmp_path, full_disk):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").write_text("old")
-    with pytest.raises(MiniloraError, match="disk is full"), atomic_directory(tmp_path / "out") as folder:
-        (folder / "a").write_text("new")
-    assert names(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "a").read_text() == "old"
-
-
-def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").write_text("old")
-    rename = os.rename
-
-    def fail_to_place_the_new(source, target):
-        if str(source).endswith(".tmp"):
-            raise OSError(errno.EIO, "Input/output error")
-        rename(source, target)
-
-    monkeypatch.setattr(files.os, "rename", fail_to_place_the_new)
-    with pytest.raises(MiniloraError, match="Input/output error"), atomic_directory(tmp_path / "out") as folder:
-        (folder / "a").write_text("new")
-    assert names(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "a").read_text() == "old"
-
-
-@pytest.mark.parametrize("foreign", ["letters.txt", "photos/"])
-def test_a_directory_of_other_things_is_never_replaced(tmp_path, foreign):
-    home = tmp_path / "home"
-    home.mkdir()
-    if foreign.endswith("/"):
-        (home / foreign).mkdir()
-        (home / "config.json").write_text("{}")
-    else:
-        (home / foreign).write_text("dear")
-    before = names(home)
-    with pytest.raises(MiniloraError, match="already exists and holds other things"), atomic_directory(home) as folder:
-        (folder / "config.json").write_text("{}")
-    assert names(home) == before
-    assert names(tmp_path) == ["home"]
-
-
-def test_an_empty_directory_is_replaced_and_a_file_is_not(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with atomic_directory(tmp_path / "empty") as folder:
-        (folder / "a").write_text("1")
-    assert names(tmp_path / "empty") == ["a"]
-    with (
-        pytest.raises(MiniloraError, match="is a file, expected a directory"),
-        atomic_directory(tmp_path / "empty" / "a"),
-    ):
-        pass
-    assert (tmp_path / "empty" / "a").read_text() == "1"
-
-
 # ---------------------------------------------------------------- JSON
-
-
-def test_json_comes_back_as_written(tmp_path):
-    value = {"text": "naïve 日本", "numbers": [1, 2.5, None, True]}
-    write_json(tmp_path / "a.json", value)
-    assert read_json(tmp_path / "a.json") == value
-    assert (tmp_path / "a.json").read_text(encoding="utf-8").startswith('{\n  "text": "naïve 日本"')
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import minilora as ml
-from minilora.backend import to_device
+from minilora.backend import device_of, to_device
 from minilora.errors import MiniloraError
 
 
@@ -239,3 +239,14 @@ def test_constant_stays():
 def test_a_schedule_that_does_not_exist_is_an_error(arguments):
     with pytest.raises(MiniloraError):
         ml.schedule(*arguments)
+
+
+def test_moments_follow_their_parameter_to_another_device(device):
+    parameter = ml.Tensor(np.ones(3), requires_grad=True)
+    optimiser = ml.AdamW([parameter], lr=0.1)
+    for place in ("cpu", device):
+        parameter.data = to_device(parameter.data, place)
+        parameter.grad = to_device(np.ones(3), place)
+        optimiser.step()
+    assert all(device_of(moment) == parameter.device for moment in optimiser.moments["0"])
+    assert optimiser.steps["0"] == 2
