@@ -24,6 +24,7 @@ COMMANDS = {  # name -> the first sentence of its help
     "generate": "Continue a text or answer a message, with or without adapters.",
     "merge": "Merge an adapter into its base and write the result as a Hugging Face directory.",
     "export": "Write an adapter in another tool's format, after checking that it fits its base.",
+    "gradcheck": "Check the gradients of your model and adapter against finite differences, in float64.",
     "inspect": "Show what a model, an adapter or a GGUF file holds: shapes, dtypes, sizes, ranks, norms.",
 }
 SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
