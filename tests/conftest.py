@@ -7,6 +7,8 @@ pytest --thorough           20 times as many examples
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
@@ -36,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts background jobs with Ctrl-C ignored, and that is inherited: tests of Ctrl-C need it heard.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         parse_device(config.getoption("--device"))
     except MiniloraError as error:
