@@ -218,7 +218,7 @@ def gradcheck_model(
     *,
     adapter: str,
     labels: Array | None = None,
-    entries: int = 1,
+    entries: int = 4,
     directions: int = 1,
     seed: int = 0,
     progress: Callable[[str, Report], None] | None = None,

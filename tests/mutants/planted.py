@@ -177,7 +177,23 @@ MATRICES = [
     ),
 ]
 
+NARROW = ("tests/ops/test_narrow_weights.py",)
+
 MOVES = [
+    Mutant(
+        "ops/linalg.py",
+        "return product(x, cast(weight, x.dtype).T)",
+        "return product(x.astype(weight.dtype), weight.T)",
+        "products in the weight's narrow dtype",
+        NARROW,
+    ),
+    Mutant(
+        "ops/embedding.py",
+        "cast(weight[tokens], before if dtype is None else dtype)",
+        "cast(weight[tokens], before)",
+        "embedding: the rows keep the table's narrow dtype",
+        NARROW,
+    ),
     Mutant(
         "ops/shape.py",
         "inverse = tuple(sorted(range(len(order)), key=order.__getitem__))",
@@ -856,8 +872,8 @@ KERNELS = [
     ),
     Mutant(
         "kernels/cpu/linear.py",
-        "d_lora_B = sum_of_parts(parts_B) * g.dtype.type(scale)",
-        "d_lora_B = sum_of_parts(parts_B)",
+        " * g.dtype.type(scale) if needs[4] else None",
+        " if needs[4] else None",
         "kernel lora_linear: dB lacks the scale",
         kernel("lora_linear"),
     ),

@@ -36,7 +36,7 @@ def test_every_kernel_applies_to_some_call_and_is_compared_there(device):
 def test_the_page_of_gradients_is_what_the_record_says():
     """After a change: python -m tests.cases.report, or with --render where only docstrings have changed."""
     records = json.loads(RECORD.read_text("utf-8"))
-    assert PAGE.read_text("utf-8") == render(records)
+    assert PAGE.read_text("utf-8") == render(records), "docs/gradients.md is out of date: see this test's docstring"
     kernels = {
         kernel.name for primitive in PRIMITIVES.values() for kernel in primitive.kernels if kernel.device == "cpu"
     }
