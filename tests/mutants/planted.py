@@ -879,9 +879,16 @@ KERNELS = [
     ),
     Mutant(
         "kernels/cpu/linear.py",
-        "                if not merge:\n                    add_product(v, lora_A, dx[a:b])",
-        "                pass",
-        "kernel lora_linear: dx lacks the adapter's part where W is not merged",
+        "add_product(u[a:b], scaled_B.T, y[a:b])",
+        "pass",
+        "kernel lora_linear: y lacks the adapter's part where W is not merged",
+        kernel("lora_linear"),
+    ),
+    Mutant(
+        "kernels/cpu/linear.py",
+        "v = np.matmul(g[a:b], scaled_B)",
+        "v = np.matmul(g[a:b], lora_B)",
+        "kernel lora_linear: v lacks the scale",
         kernel("lora_linear"),
     ),
     Mutant(
