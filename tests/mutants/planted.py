@@ -861,7 +861,7 @@ KERNELS = [
         "np.matmul(lora_B[part] * scale, lora_A, out=result[part])",
         "np.matmul(lora_B[part], lora_A, out=result[part])",
         "kernel lora_linear: W + B A without the scale",
-        kernel("lora_linear"),
+        (*kernel("lora_linear"), *CHAIN),
     ),
     Mutant(
         "kernels/cpu/linear.py",
