@@ -19,6 +19,8 @@ from .threads import parallel_rows, row_blocks, run_all, scratch
 
 MOST_ROWS = 512  # of one product: more gain nothing, fewer pack the weight too often
 LEAST_ROWS = 32
+SKINNY_ENTRIES = 1 << 17  # of the wide operand in a product with r columns: it is used twice while in the cache
+MERGE_GAIN = 1 << 18  # entries that merging has to save, for the threads to be called once more
 WEIGHT_BLOCK = 96  # rows of W at a time while W + s·B A is built
 
 
@@ -43,6 +45,14 @@ def merged(weight: np.ndarray, lora_A: np.ndarray, lora_B: np.ndarray, scale: fl
 
     parallel_rows(build, len(weight), most=MOST_ROWS, least=LEAST_ROWS)
     return result
+
+
+def merging_pays(count: int, contracted: int, produced: int) -> bool:
+    """Whether W + s·B A pays for a product (count, contracted) × (contracted, produced): it saves more than it costs.
+
+    Building it is a pass over W; without it the low-rank term is a pass over the result.
+    """
+    return (count - contracted) * produced > MERGE_GAIN
 
 
 def sum_of_parts(parts) -> np.ndarray:
@@ -99,8 +109,7 @@ def lora_linear(
     tokens = rows(x)
     count = len(tokens)
     y, u = empty((count, outside), x.dtype), np.empty((count, rank), x.dtype)
-    # ΔW costs a pass over W, the term u Bᵀ one over y: the smaller wins.
-    merge = count > inside
+    merge = merging_pays(count, inside, outside)
     matrix = merged(weight, lora_A, lora_B, scale) if merge else cast(weight, x.dtype)
     bias = None if bias is None else cast(bias, x.dtype)
     scaled_B = lora_B * x.dtype.type(scale)
@@ -120,32 +129,43 @@ def lora_linear(
     def vjp(dy):
         g = rows(dy)
         dx: Any = empty((count, inside), g.dtype) if needs[0] else None
-        merge = needs[0] and count > outside
+        merge = needs[0] and merging_pays(count, outside, inside)
         if needs[0]:
             matrix = merged(weight, lora_A, lora_B, scale) if merge else cast(weight, g.dtype)
         blocks = row_blocks(count, MOST_ROWS, LEAST_ROWS)
         parts_A: Any = np.empty((len(blocks), rank, inside), g.dtype) if needs[3] else None
-        parts_B: Any = np.empty((len(blocks), outside, rank), g.dtype) if needs[4] else None
+        parts_B: Any = np.empty((len(blocks), rank, outside), g.dtype) if needs[4] else None
+        step = max(16, SKINNY_ENTRIES // max(inside, outside))
 
-        def backward(number: int, a: int, b: int) -> None:
-            if needs[3] or (needs[0] and not merge):
-                v = np.matmul(g[a:b], scaled_B)
+        def backward(number: int, begin: int, end: int) -> None:
             if needs[0]:
-                np.matmul(g[a:b], matrix, out=dx[a:b])
-                if not merge:
-                    add_product(v, lora_A, dx[a:b])
-            if needs[3]:
-                np.matmul(v.T, kept(a, b), out=parts_A[number])
-            if needs[4]:
-                np.matmul(g[a:b].T, kept_u[a:b], out=parts_B[number])
+                np.matmul(g[begin:end], matrix, out=dx[begin:end])
+            for a in range(begin, end, step):
+                b = min(a + step, end)
+                if needs[3] or (needs[0] and not merge):
+                    v = np.matmul(g[a:b], scaled_B)
+                if needs[0] and not merge:
+                    dx[a:b] += np.matmul(v, lora_A, out=scratch("term", (b - a, inside), g.dtype))
+                if needs[3]:
+                    add_to(parts_A[number], v.T, kept(a, b), a == begin)
+                if needs[4]:
+                    add_to(parts_B[number], kept_u[a:b].T, g[a:b], a == begin)
 
         run_all([partial(backward, number, a, b) for number, (a, b) in enumerate(blocks)])
         dbias = g.sum(axis=0) if needs[2] else None
         d_lora_A = sum_of_parts(parts_A) if needs[3] else None
-        d_lora_B = sum_of_parts(parts_B) * g.dtype.type(scale) if needs[4] else None
+        d_lora_B = sum_of_parts(parts_B).T * g.dtype.type(scale) if needs[4] else None
         return (dx.reshape(shape_x) if needs[0] else None), None, dbias, d_lora_A, d_lora_B
 
     return y.reshape(*shape_x[:-1], outside), vjp
+
+
+def add_to(total: np.ndarray, left: np.ndarray, right: np.ndarray, first: bool) -> None:
+    """total = left right where it is the first term, else total += left right."""
+    if first:
+        np.matmul(left, right, out=total)
+    else:
+        total += np.matmul(left, right)
 
 
 def add_product(left: np.ndarray, right: np.ndarray, total: np.ndarray) -> None:
