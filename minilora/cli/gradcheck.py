@@ -13,6 +13,7 @@ from .console import note, print_json, print_table, progress
 from .options import Device, Json, ModelName
 
 ADAPTER = "0"
+TEXT = "The frost performs its secret ministry, unhelped by any wind."  # language, which a model knows
 
 
 def command(
@@ -21,7 +22,9 @@ def command(
         Path | None, typer.Option(help="An adapter directory (PEFT); without one, a new adapter on every linear layer.")
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the new adapter.")] = 8,
-    text: Annotated[str | None, typer.Option(help="What the loss is taken on; without it, random tokens.")] = None,
+    text: Annotated[
+        str, typer.Option(help="What the loss is taken on (random tokens for a model without a tokenizer).")
+    ] = TEXT,
     length: Annotated[int, typer.Option(min=2, help="How many tokens the loss is taken on, at most.")] = 8,
     entries: Annotated[int, typer.Option(min=0, help="Entries to compare in each layer.")] = 1,
     directions: Annotated[int, typer.Option(min=0, help="Random directions to compare along in each layer.")] = 1,
@@ -64,13 +67,13 @@ def command(
             raise MiniloraError(str(error)) from None
 
 
-def tokens_of(model: Any, text: str | None, length: int, seed: int) -> np.ndarray:
-    """(1, T) tokens of the text, cut to `length`, or random ones."""
-    if text is None:
-        size = min(length, model.config.max_position_embeddings)
-        return np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, size))
+def tokens_of(model: Any, text: str, length: int, seed: int) -> np.ndarray:
+    """(1, T) tokens of the text, cut to `length`; random ones where the model has no tokenizer."""
+    length = min(length, model.config.max_position_embeddings)
     if model.tokenizer is None:
-        raise MiniloraError("the model has no tokenizer, which --text needs: leave it out for random tokens")
+        if text != TEXT:
+            raise MiniloraError("the model has no tokenizer, which --text needs: leave it out for random tokens")
+        return np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, length))
     tokens = model.tokenizer.encode(text)[:length]
     if len(tokens) < 2:
         raise MiniloraError(f"--text has {len(tokens)} tokens, expected at least 2: a loss needs one to predict")

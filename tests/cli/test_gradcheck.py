@@ -7,6 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from minilora.cli.gradcheck import TEXT, tokens_of
+from minilora.errors import MiniloraError
+from minilora.model import load_model
 from minilora.tensor import PRIMITIVES
 
 
@@ -61,11 +64,12 @@ def test_nothing_to_compare_and_a_text_of_one_token_are_refused(run, base):
     assert (status, "expected at least 2" in err) == (1, True)
 
 
-def test_the_seed_chooses_the_tokens(base):
-    from minilora.cli.gradcheck import tokens_of
-    from minilora.model import load_model
-
+def test_tokens_are_the_text_s_or_drawn_from_the_seed_where_there_is_no_tokenizer(base):
     model = load_model(base)
-    first, again, other = (tokens_of(model, None, 8, seed) for seed in (0, 0, 1))
+    assert tokens_of(model, "Hello", 3, seed=0).tolist() == [model.tokenizer.encode("Hello")[:3]]
+    model.tokenizer = None
+    first, again, other = (tokens_of(model, TEXT, 8, seed) for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+    with pytest.raises(MiniloraError, match="no tokenizer"):
+        tokens_of(model, "Hello", 8, seed=0)
