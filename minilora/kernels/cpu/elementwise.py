@@ -1,6 +1,5 @@
 """Activations and norms in row blocks that stay in a core's cache: several passes in place, one trip to memory.
 
-Gains are in docs/performance.md.
 """
 
 from __future__ import annotations
