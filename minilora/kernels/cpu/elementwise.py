@@ -1,6 +1,4 @@
-"""Activations and norms in row blocks that stay in a core's cache: several passes in place, one trip to memory.
-
-"""
+"""Activations and norms in row blocks that stay in a core's cache: several passes in place, one trip to memory."""
 
 from __future__ import annotations
 
