@@ -28,7 +28,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -254,15 +254,18 @@ def gradcheck_model(
             parameter.requires_grad = True
         for parameter in empty:
             parameter.data[...] = random_like(parameter.data, rng) / math.sqrt(parameter.shape[0])
-        return gradcheck_parameters(
-            lambda: model.loss(tokens, labels),
-            parameters,
-            groups=groups,
-            entries=entries,
-            directions=directions,
-            seed=seed,
-            progress=progress,
-        )
+        with ExitStack() as held:
+            for layer in layers:
+                held.enter_context(layer.constants_held())
+            return gradcheck_parameters(
+                lambda: model.loss(tokens, labels),
+                parameters,
+                groups=groups,
+                entries=entries,
+                directions=directions,
+                seed=seed,
+                progress=progress,
+            )
     finally:
         for parameter in empty:
             parameter.data[...] = 0.0

@@ -309,10 +309,10 @@ class Model:
         from .formats.peft import write_adapter
 
         layers = self._adapters.layers(name)
-        values = {key: to_numpy(tensor.data) for key, tensor in self._adapters.parameters(name).items()}
+        config, values = self._adapters.saved(name)
         write_adapter(
             Path(path),
-            self._adapters.configs[name],
+            config,
             values,
             base_model=self.source,
             module_names=shortest_patterns(list(layers), list(self._adapters.linears)),

@@ -28,6 +28,7 @@ NEAR_THE_MACHINE = ("backend", "kernels")  # where array libraries, their dtypes
 READING_PATH = ("backend", "tensor", "ops", "nn", "models", "lora", "optim")
 # Files of models/ that hold a second, third ... family: a reader needs one.
 OTHER_FAMILIES = ("models/gpt2.py", "models/mistral.py", "models/qwen2.py", "models/qwen3.py")
+VARIANTS = "lora/variants/"  # of LoRA: each a file that is read when it is wanted
 LINES_OF_THE_READING_PATH = 2_200  # about 2,000: not counting blank lines, imports and __init__ files
 SECONDS_TO_IMPORT = 0.3  # beyond what NumPy itself takes
 
@@ -107,7 +108,8 @@ def lines_to_read(sources: dict[str, str]) -> dict[str, int]:
     """{file: lines that are neither blank nor part of an import} of the reading path; an __init__ only lists names."""
     found = {}
     for path, source in sources.items():
-        if layer_of(path) in READING_PATH and path not in OTHER_FAMILIES and not path.endswith("__init__.py"):
+        aside = path in OTHER_FAMILIES or path.startswith(VARIANTS) or path.endswith("__init__.py")
+        if layer_of(path) in READING_PATH and not aside:
             imported = {
                 number
                 for node in ast.walk(ast.parse(source))

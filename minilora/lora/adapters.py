@@ -14,8 +14,9 @@ from ..nn import Linear
 from ..ops import CompressedWeight
 from ..tensor import Tensor
 from .config import LoraConfig
-from .layer import AdapterSlot, LoraLayer, Selection, initial_matrices
-from .targets import check_patterns, pattern_value, target_names
+from .layer import AdapterSlot, LoraLayer, Selection
+from .targets import check_patterns, target_names
+from .variants import layer_class
 
 PEFT_PREFIX = "base_model.model."  # PEFT's keys are this, the module's path, a dot and the name within the layer
 
@@ -72,7 +73,7 @@ class Adapters:
             raise MiniloraError(f"an adapter's name is {name!r}, expected a text without dots")
         if name in self.configs:
             raise MiniloraError(f"there is an adapter {name!r} already: delete it first, or choose another name")
-        for field, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
+        for field, plain in (("bias", "none"), ("modules_to_save", None)):
             if (asked := getattr(config, field)) and asked != plain:
                 raise MiniloraError(f"LoraConfig.{field} is {asked!r}, which is not supported, expected {plain!r}")
         paths = target_names(list(self.linears), config)
@@ -81,20 +82,16 @@ class Adapters:
         dtype = compute_dtype(self.network.dtype)
         random = np.random.default_rng(seed)
         mask_seed = zlib.crc32(f"{name} {seed}".encode())
+        layer_type = layer_class(config)
         layers: dict[str, LoraLayer] = {}
         for path in paths:
             linear = self.linears[path]
-            rank = pattern_value(path, config.rank_pattern, config.r)
-            alpha = pattern_value(path, config.alpha_pattern, config.alpha)
-            matrices = initial_matrices(config, rank, linear.out_features, linear.in_features, random, dtype)
-            if values is not None:
-                keys = (f"{PEFT_PREFIX}{path}.lora_A.weight", f"{PEFT_PREFIX}{path}.lora_B.weight")
-                matrices = tuple(  # type: ignore[assignment]
-                    _fitting(values, key, start.shape, dtype) for key, start in zip(keys, matrices, strict=True)
-                )
-            device = linear.weight.device
-            lora_A, lora_B = (Tensor(to_device(matrix, device), requires_grad=trainable) for matrix in matrices)
-            layers[path] = LoraLayer(lora_A, lora_B, config.scale(rank, alpha), config.dropout, mask_seed)
+            layers[path] = layer = layer_type(linear, config, path, dtype, random, mask_seed)
+            for part, tensor in layer.parameters().items():
+                if values is not None:
+                    value = _fitting(values, f"{PEFT_PREFIX}{path}.{part}", tensor.shape, dtype)
+                    tensor.data = to_device(value, tensor.device)
+                tensor.requires_grad = tensor.requires_grad and trainable
         if values is not None:
             known = {f"{PEFT_PREFIX}{path}.{part}" for path, layer in layers.items() for part in layer.parameters()}
             extra = sorted(key for key in set(values) - known if not self._repeats_the_base(key, values[key]))
@@ -157,6 +154,16 @@ class Adapters:
             f"{PEFT_PREFIX}{path}.{part}": tensor
             for path, layer in self.layers(name).items()
             for part, tensor in layer.parameters().items()
+        }
+
+    def saved(self, name: str) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+        """Adapter `name` as PEFT knows it: its configuration, and its arrays by PEFT key, on the host."""
+        layers = self.layers(name)
+        config = layer_class(self.configs[name]).saved_config(self.configs[name])
+        return config, {
+            f"{PEFT_PREFIX}{path}.{part}": to_numpy(array)
+            for path, layer in layers.items()
+            for part, array in layer.saved().items()
         }
 
 

@@ -38,6 +38,7 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
+    variant: str = "lora"
     init: str = "kaiming"
     bias: str = "none"
     modules_to_save: tuple[str, ...] | list[str] | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..backend import Array, matmul, to_device
 from ..nn import AdapterState, Linear
 from ..tensor import Tensor
 from .config import LoraConfig
+from .targets import pattern_value
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,21 @@ class Selection:
 
 
 class LoraLayer:
-    """ΔW = scale · B A for one layer: A (r, in), B (out, r)."""
+    """ΔW = scale · B A for one layer: A (r, in), B (out, r). Plain LoRA, and the base class of every variant.
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float = 0.0, seed: int = 0) -> None:
-        self.lora_A, self.lora_B, self.scale, self.dropout = lora_A, lora_B, scale, dropout
-        self.seed = seed  # sets this adapter's dropout masks apart from other adapters' and other runs'
+    module: the layer that is adapted, called `path` in the model. dtype: of A and B. random: draws their start.
+    seed: sets this adapter's dropout masks apart from other adapters' and other runs'.
+    """
+
+    def __init__(
+        self, module: Linear, config: LoraConfig, path: str, dtype: np.dtype, random: np.random.Generator, seed: int
+    ) -> None:
+        rank = pattern_value(path, config.rank_pattern, config.r)
+        self.scale = config.scale(rank, pattern_value(path, config.alpha_pattern, config.alpha))
+        self.dropout, self.seed = config.dropout, seed
+        matrices = initial_matrices(config, rank, module.out_features, module.in_features, random, dtype)
+        device = module.weight.device
+        self.lora_A, self.lora_B = (Tensor(to_device(matrix, device), requires_grad=True) for matrix in matrices)
 
     @property
     def rank(self) -> int:
@@ -53,9 +65,37 @@ class LoraLayer:
         """The Tensors by the name that PEFT's files give them after the module's path."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
-    def delta(self, dtype: np.dtype) -> Array:
-        """ΔW (out, in) in `dtype`: for merging only, training never forms it."""
-        return matmul(self.lora_B.data.astype(dtype) * dtype.type(self.scale), self.lora_A.data.astype(dtype))
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (k, in) and B (out, k) with ΔW = scale · B A. MiniloraError of a variant whose ΔW is of full rank."""
+        return self.lora_A, self.lora_B
+
+    def forward(self, linear: Linear, x: Tensor, weight: float) -> Tensor:
+        """x (W + weight · ΔW)ᵀ + b, (..., in) -> (..., out), where W is frozen and nothing is dropped from x."""
+        lora_A, lora_B = self.factors()
+        return ops.lora_linear(x, linear.weight, linear.bias, lora_A, lora_B, scale=self.scale * weight)
+
+    def update(self, linear: Linear, x: Tensor, dropped: Tensor, weight: float) -> Tensor:
+        """weight · x ΔWᵀ alone, (..., in) -> (..., out); dropped: x after the adapter's dropout, or x itself."""
+        lora_A, lora_B = self.factors()
+        return ops.low_rank(dropped, lora_A, lora_B, scale=self.scale * weight)
+
+    def delta(self, base: Array) -> Array:
+        """ΔW (out, in) for a base weight W (out, in), in its dtype: for merging only, training never forms it."""
+        lora_A, lora_B = (factor.data.astype(base.dtype) for factor in self.factors())
+        return matmul(lora_B * base.dtype.type(self.scale), lora_A)
+
+    def constants_held(self) -> AbstractContextManager[None]:
+        """Inside, what backward takes for a constant is one in forward too, as finite differences need it."""
+        return nullcontext()
+
+    @staticmethod
+    def saved_config(config: LoraConfig) -> LoraConfig:
+        """The configuration that PEFT loads what `saved` gives with."""
+        return config
+
+    def saved(self) -> dict[str, Array]:
+        """The arrays to save, by the name that PEFT's files give them after the module's path."""
+        return {part: tensor.data for part, tensor in self.parameters().items()}
 
 
 def initial_matrices(
@@ -96,23 +136,22 @@ class AdapterSlot:
         if selection.rows is not None:
             return self._per_row(linear, x, selection)
         active = [(self.layers[name], weight) for name, weight in selection.weights if name in self.layers]
-        if len(active) == 1 and not linear.weight.requires_grad:
-            layer, weight = active[0]
-            if not (layer.dropout and selection.dropout_pass is not None):
-                return ops.lora_linear(
-                    x, linear.weight, linear.bias, layer.lora_A, layer.lora_B, scale=layer.scale * weight
-                )
+        if len(active) == 1 and not linear.weight.requires_grad and not self._drops(active[0][0], selection):
+            return active[0][0].forward(linear, x, active[0][1])
         y = ops.linear(x, linear.weight, linear.bias)
         for layer, weight in active:
-            y = y + self._update(layer, x, weight, selection)
+            y = y + layer.update(linear, x, self._dropped(layer, x, selection), weight)
         return y
 
-    def _update(self, layer: LoraLayer, x: Tensor, weight: float, selection: Selection) -> Tensor:
-        """weight · ΔW x, (..., in) -> (..., out), with the adapter's dropout on x while training."""
-        if layer.dropout and selection.dropout_pass is not None:
-            seed = (layer.seed, self.number, selection.dropout_pass, selection.part)
-            x = ops.dropout(x, probability=layer.dropout, seed=seed)
-        return ops.low_rank(x, layer.lora_A, layer.lora_B, scale=layer.scale * weight)
+    def _drops(self, layer: LoraLayer, selection: Selection) -> bool:
+        return bool(layer.dropout) and selection.dropout_pass is not None
+
+    def _dropped(self, layer: LoraLayer, x: Tensor, selection: Selection) -> Tensor:
+        """What the adapter reads of x: all of it, or while training what its dropout leaves."""
+        if not self._drops(layer, selection):
+            return x
+        seed = (layer.seed, self.number, selection.dropout_pass, selection.part)
+        return ops.dropout(x, probability=layer.dropout, seed=seed)
 
     def _per_row(self, linear: Linear, x: Tensor, selection: Selection) -> Tensor:
         """Each row of the batch under its own adapter: one pass over W for all, then each adapter's rows together."""
@@ -124,6 +163,7 @@ class AdapterSlot:
             if name in self.layers:
                 mine = np.array([row for row, owner in enumerate(selection.rows) if owner == name])
                 index = to_device(mine, x.device)
-                update = self._update(self.layers[name], ops.select_rows(x, index=index), 1.0, selection)
+                layer, own = self.layers[name], ops.select_rows(x, index=index)
+                update = layer.update(linear, own, self._dropped(layer, own, selection), 1.0)
                 y = ops.add_rows(y, update, index=index)
         return y

@@ -47,10 +47,10 @@ class Merge:
                 )
             base: Array = linear.weight.data
             wide = compute_dtype(base.dtype)
-            total = cast(base, wide)
+            dense = total = cast(base, wide)
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
                 for layer, weight in layers:
-                    total = total + layer.delta(wide) * wide.type(weight)
+                    total = total + layer.delta(dense) * wide.type(weight)
                 result = cast(total, base.dtype)
             xp = array_module(result)
             if not bool(xp.isfinite(cast(result, wide)).all()):

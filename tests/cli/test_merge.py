@@ -86,7 +86,7 @@ def test_a_difference_over_the_bound_writes_nothing(run, base, adapter, tmp_path
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_wrong_merge_is_noticed(run, base, adapter, tmp_path, monkeypatch, dtype):
     right = LoraLayer.delta
-    monkeypatch.setattr(LoraLayer, "delta", lambda layer, wide: -right(layer, wide))
+    monkeypatch.setattr(LoraLayer, "delta", lambda layer, base: -right(layer, base))
     status, _, errors = run(
         "merge", "--model", base, "--adapter", adapter, "--out", tmp_path / "merged", "--dtype", dtype
     )
