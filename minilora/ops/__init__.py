@@ -3,17 +3,20 @@
 from .activation import gelu_tanh, silu, silu_mul
 from .arithmetic import add, div, exp, log, maximum, mean, mul, neg, power, sqrt, sub, sum, tanh, where
 from .attention import attention
+from .dora import with_magnitude
 from .embedding import embedding
 from .linalg import CompressedWeight, linear, matmul
-from .lora import dropout, lora_linear, low_rank
+from .lora import dropout, lora_linear, lora_linears, low_rank
 from .loss import cross_entropy, linear_cross_entropy
-from .norm import layer_norm, rms_norm
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .rotary import rotary
-from .shape import add_rows, astype, broadcast_to, concatenate, getitem, reshape, select_rows, transpose
+from .shape import add_rows, astype, broadcast_to, concatenate, getitem, reshape, select_rows, transpose, unstack
 
 __all__ = [
     "CompressedWeight",
     "add",
+    "add_layer_norm",
+    "add_rms_norm",
     "add_rows",
     "astype",
     "attention",
@@ -31,6 +34,7 @@ __all__ = [
     "linear_cross_entropy",
     "log",
     "lora_linear",
+    "lora_linears",
     "low_rank",
     "matmul",
     "maximum",
@@ -49,5 +53,7 @@ __all__ = [
     "sum",
     "tanh",
     "transpose",
+    "unstack",
     "where",
+    "with_magnitude",
 ]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backend import Array, array_module
+from ..backend import Array, array_module, cast
 from ..backend import matmul as product
 from ..tensor import primitive
-from .linalg import rows, times, times_transposed
+from .linalg import linear, rows, times, times_transposed
 
 
 @primitive
@@ -30,6 +30,7 @@ def lora_linear(
     """
     shape_x = x.shape
     tokens = rows(x)  # (N, in)
+    lora_A, lora_B = cast(lora_A, x.dtype), cast(lora_B, x.dtype)  # of bfloat16 activations the adapter is float32
     u = product(tokens, lora_A.T)  # (N, r)
     y = times_transposed(tokens, weight)  # (N, out)
     y += product(u * scale, lora_B.T)
@@ -50,6 +51,34 @@ def lora_linear(
 
 
 @primitive
+def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
+    """y_i = x W_iᵀ + b_i + s_i · (x A_iᵀ) B_iᵀ for layers that read the same x (q, k and v; gate and up).
+
+    layers: W, b (or None), A, B of each layer in turn, A and B None for a layer without an adapter; scales: s of each.
+    Shapes and gradients as in `lora_linear`; dx is the sum over the layers.
+    """
+    parts = []
+    for index, scale in enumerate(scales):
+        weight, bias, lora_A, lora_B = layers[4 * index : 4 * index + 4]
+        mine = (needs[0], *needs[4 * index + 1 : 4 * index + 5])
+        if lora_A is None:
+            parts.append(linear.definition(x, weight, bias, needs=(needs[0], False, mine[2])))
+        else:
+            parts.append(lora_linear.definition(x, weight, bias, lora_A, lora_B, scale=scale, needs=mine))
+
+    def vjp(*dys):
+        dx, grads = None, []
+        for (_, layer_vjp), dy in zip(parts, dys, strict=True):
+            mine, *rest = layer_vjp(dy)
+            if needs[0]:
+                dx = mine if dx is None else dx + mine
+            grads += [*rest, None, None][:4]
+        return dx, *grads
+
+    return tuple(y for y, _ in parts), vjp
+
+
+@primitive
 def low_rank(x: Array, lora_A: Array, lora_B: Array, *, scale: float, needs: tuple[bool, bool, bool]):
     """y = s · (x Aᵀ) Bᵀ: the update alone, for layers where it reads another input than W does (dropout) or is one of
     several.
@@ -58,6 +87,7 @@ def low_rank(x: Array, lora_A: Array, lora_B: Array, *, scale: float, needs: tup
     """
     shape_x = x.shape
     tokens = rows(x)
+    lora_A, lora_B = cast(lora_A, x.dtype), cast(lora_B, x.dtype)
     u = product(tokens, lora_A.T)
     y = product(u * scale, lora_B.T)
     tokens = tokens if needs[1] else None

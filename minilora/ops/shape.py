@@ -50,6 +50,18 @@ def getitem(x: Array, *, index: Any):
 
 
 @primitive
+def unstack(x: Array, *, axis: int):
+    """y_0, y_1 … = x[0], x[1] … along an axis, as views;  dx = the gradients stacked again."""
+    xp = array_module(x)
+    parts = tuple(x[(slice(None),) * (axis % x.ndim) + (index,)] for index in range(x.shape[axis]))
+
+    def vjp(*dys):
+        return xp.stack(dys, axis=axis)
+
+    return parts, vjp
+
+
+@primitive
 def select_rows(x: Array, *, index: Array):
     """y = x[index] along the first axis, for distinct integers;  dx = dy at those rows, zero elsewhere."""
     xp, shape = array_module(x), x.shape

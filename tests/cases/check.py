@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora import ops
 from minilora.backend import FLOAT_DTYPES, array_module, device_of, dtype_of, to_device
 from minilora.gradcheck import GradientError, dot_product_check, gradcheck
 from minilora.tensor import PRIMITIVES, Primitive, Tensor, backward, definitions_only
@@ -155,7 +156,10 @@ def _same_as_differences(name: str, case: Case, call: Call) -> float:
 
 def _bound(name: str, call: Call) -> Callable[..., Any]:
     def function(*inputs: Any) -> Any:
-        return PRIMITIVES[name](*inputs, **call.options)
+        result = PRIMITIVES[name](*inputs, **call.options)
+        if not isinstance(result, tuple):
+            return result
+        return ops.concatenate(*(ops.reshape(part, shape=(-1,)) for part in result), axis=0)
 
     function.__name__ = name
     return function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,19 @@ def norm_calls(draw: st.DrawFn, parameters: int, least: int) -> Call:
     x = normal(rng, *leading, width) * draw(st.sampled_from((1.0, 1.0, 0.05)))
     eps = draw(st.sampled_from((1e-6, 1e-5, 0.3)))
     return Call((x, *(normal(rng, width) for _ in range(parameters))), {"eps": eps})
+
+
+def with_residual(norm, x, delta, *parameters, eps):
+    s = ops.mul(x, 1.0) if delta is None else ops.add(x, delta)
+    return s, norm(s, *parameters, eps=eps)
+
+
+@st.composite
+def residual_calls(draw: st.DrawFn, parameters: int, least: int) -> Call:
+    call = draw(norm_calls(parameters, least))
+    x, *rest = call.inputs
+    delta = normal(draw(generators), *x.shape) if draw(st.booleans()) else None
+    return Call((x, delta, *rest), call.options)
 
 
 # --- attention and rotary ---------------------------------------------------------------------------------------------
@@ -232,6 +246,35 @@ def lora_calls(draw: st.DrawFn, base: bool) -> Call:
     return Call((x, normal(rng, outside, inside), bias, lora_A, lora_B), options)
 
 
+def lora_linears(x, *layers, scales):
+    results = []
+    for (weight, bias, lora_A, lora_B), scale in zip(batched(layers, 4), scales, strict=True):
+        if lora_A is None:
+            results.append(linear(x, weight, bias))
+        else:
+            results.append(lora_linear(x, weight, bias, lora_A, lora_B, scale=scale))
+    return tuple(results)
+
+
+def batched(values: tuple[Any, ...], count: int) -> list[tuple[Any, ...]]:
+    return [values[start : start + count] for start in range(0, len(values), count)]
+
+
+@st.composite
+def group_calls(draw: st.DrawFn) -> Call:
+    """One to three layers that read the same x, of their own widths and ranks, some without an adapter or a bias."""
+    first = draw(lora_calls(base=True))
+    x, rng = first.inputs[0], draw(generators)
+    layers, scales = [*first.inputs[1:]], [first.options["scale"]]
+    for _ in range(draw(st.integers(0, 2))):
+        outside, rank = draw(sizes), draw(st.sampled_from((1, 2, 4)))
+        bias = normal(rng, outside) if draw(st.booleans()) else None
+        factors = [normal(rng, rank, x.shape[-1]), normal(rng, outside, rank)] if draw(st.booleans()) else [None, None]
+        layers += [normal(rng, outside, x.shape[-1]), bias, *factors]
+        scales.append(draw(st.sampled_from((1.0, -0.5))))
+    return Call((x, *layers), {"scales": tuple(scales)})
+
+
 def dropout(x, *, probability, seed):
     xp = array_module(x.data)
     kept = xp.random.default_rng(seed).random(x.shape, dtype="float32") >= probability
@@ -250,12 +293,15 @@ CASES = {
     "gelu_tanh": Case(**unary(moderate, composition=gelu_tanh)),
     "rms_norm": Case(norm_calls(1, least=1), rms_norm, float32=1e-4),
     "layer_norm": Case(norm_calls(2, least=4), layer_norm, float32=1e-4),
+    "add_rms_norm": Case(residual_calls(1, least=2), partial(with_residual, rms_norm), float32=1e-4),
+    "add_layer_norm": Case(residual_calls(2, least=4), partial(with_residual, layer_norm), float32=1e-4),
     "attention": Case(attention_calls(), attention),
     "rotary": Case(rotary_calls(), rotary),
     "embedding": Case(embedding_calls(), embedding),
     "cross_entropy": Case(loss_calls(head=False), cross_entropy),
     "linear_cross_entropy": Case(loss_calls(head=True), linear_cross_entropy, setting=small_chunks),
     "lora_linear": Case(lora_calls(base=True), lora_linear, frozen=(1,)),
+    "lora_linears": Case(group_calls(), lora_linears, frozen=(1, 5, 9)),
     "low_rank": Case(lora_calls(base=False), low_rank),
     "dropout": Case(dropout_calls(), dropout),
 }

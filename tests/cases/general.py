@@ -304,6 +304,12 @@ def concatenate_calls(draw: st.DrawFn) -> Call:
 
 
 @st.composite
+def unstack_calls(draw: st.DrawFn) -> Call:
+    shape = draw(shapes(1, 3, empty=False))
+    return Call((normal(draw(generators), *shape),), {"axis": draw(st.integers(-len(shape), len(shape) - 1))})
+
+
+@st.composite
 def broadcast_to_calls(draw: st.DrawFn) -> Call:
     (shape,) = draw(broadcasting(1))
     return Call((normal(draw(generators), *shape),), {"shape": draw(wider(shape))})
@@ -337,6 +343,12 @@ CASES = {
     "reshape": Case(reshape_calls(), reshape),
     "transpose": Case(transpose_calls(), lambda x, *, axes: taken(x, positions(x).transpose(axes))),
     "getitem": Case(getitem_calls(), lambda x, *, index: taken(x, positions(x)[on_host(index)])),
+    "unstack": Case(
+        unstack_calls(),
+        lambda x, *, axis: tuple(
+            taken(x, positions(x).take(index, axis=axis)) for index in range(x.shape[axis])
+        ),
+    ),
     "select_rows": Case(select_rows_calls(), lambda x, *, index: taken(x, positions(x)[on_host(index)])),
     "add_rows": Case(add_rows_calls(), add_rows),
     "concatenate": Case(concatenate_calls(), concatenate),
