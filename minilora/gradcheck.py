@@ -239,8 +239,9 @@ def gradcheck_model(
         block = re.match(r".*?\.\d+(?=\.)", path)
         groups.setdefault(block[0] if block else path, []).append(key)
     state = model.network.adapter_state
-    slots = [module.adapter for _, module in model.network.named_modules() if getattr(module, "adapter", None)]
-    layers = [slot.layers[adapter] for slot in slots if adapter in slot.layers]
+    modules = [module for _, module in model.network.named_modules() if getattr(module, "adapter", None)]
+    adapted = [(module, module.adapter.layers[adapter]) for module in modules if adapter in module.adapter.layers]
+    layers = [layer for _, layer in adapted]
     empty = [parameter for parameter in parameters.values() if not bool(parameter.data.any())]
     before = state.selection, model.training_pass
     trained = [parameter.requires_grad for parameter in parameters.values()]
@@ -255,8 +256,8 @@ def gradcheck_model(
         for parameter in empty:
             parameter.data[...] = random_like(parameter.data, rng) / math.sqrt(parameter.shape[0])
         with ExitStack() as held:
-            for layer in layers:
-                held.enter_context(layer.constants_held())
+            for module, layer in adapted:
+                held.enter_context(layer.constants_held(module))
             return gradcheck_parameters(
                 lambda: model.loss(tokens, labels),
                 parameters,

@@ -76,13 +76,15 @@ _UNDERSTOOD = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_to_transform", "lora_alpha",
     "lora_dropout", "modules_to_save", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
 }  # fmt: skip
-# Ways to start A and B that leave the base as it is. The others (pissa, olora, corda, loftq ...) change its weights.
+# Ways to start A and B that leave the base as it is, and "pissa", whose change of the base follows from the base alone.
+# The others (olora, corda, loftq, pissa_niter_N from random directions ...) change its weights in ways of their own.
 _INITIALISATIONS = {
     True: "kaiming",
     False: "kaiming",
     "gaussian": "gaussian",
     "eva": "kaiming",
     "orthogonal": "kaiming",
+    "pissa": "pissa",
 }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import MiniloraError
 
-INITIALISATIONS = ("kaiming", "gaussian", "zeros")
+INITIALISATIONS = ("kaiming", "gaussian", "zeros", "pissa")  # and pissa_niter_N, for a whole number N
 BIAS_MODES = ("none", "all", "lora_only")
 
 
@@ -22,8 +23,11 @@ class LoraConfig:
     target_modules: a list matches module names by suffix, a string is a regular expression for the full name, and
         "all-linear" is every linear layer but the head. `exclude_modules` is matched the same way and wins.
     rank_pattern, alpha_pattern: {pattern: value} overriding r and alpha for the modules that a pattern matches.
+    use_rslora, use_dora: rank-stabilised scale; directions and magnitudes apart (lora/variants/dora.py).
+    variant: "lora", "lora_fa" (A stays as drawn), or another name in lora/variants: what PEFT's fields do not say.
     init: "kaiming" (PEFT's default: A uniform in ±1/sqrt(in), B zero), "gaussian" (A normal with standard deviation
-    1/r, B zero), or "zeros" (both zero; only for adapters whose values are loaded afterwards).
+        1/r, B zero), "pissa" or "pissa_niter_N" (from the largest singular values of W, exact or by N power iterations:
+        lora/variants/pissa.py), or "zeros" (both zero; only for adapters whose values are loaded afterwards).
 
     Raises MiniloraError for values outside these ranges.
     """
@@ -64,8 +68,14 @@ class LoraConfig:
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "True or False")
-        if self.init not in INITIALISATIONS:
-            raise _bad("init", self.init, f"one of {', '.join(INITIALISATIONS)}")
+        if self.init not in INITIALISATIONS and not re.fullmatch(r"pissa_niter_[0-9]+", str(self.init)):
+            raise _bad("init", self.init, f"one of {', '.join(INITIALISATIONS)} or pissa_niter_N, e.g. pissa_niter_4")
+        if not isinstance(self.variant, str):
+            raise _bad("variant", self.variant, "a variant's name, e.g. 'lora_fa'")
+        choices = {"use_dora": self.use_dora, f"init={self.init!r}": self.init.startswith("pissa"),
+                   f"variant={self.variant!r}": self.variant != "lora"}  # fmt: skip
+        if len(asked := [choice for choice, made in choices.items() if made]) > 1:
+            raise MiniloraError(f"LoraConfig has {' and '.join(asked)}, expected one of them: they do not combine")
         if self.bias not in BIAS_MODES:
             raise _bad("bias", self.bias, f"one of {', '.join(BIAS_MODES)}")
 

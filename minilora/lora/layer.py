@@ -84,7 +84,7 @@ class LoraLayer:
         lora_A, lora_B = (factor.data.astype(base.dtype) for factor in self.factors())
         return matmul(lora_B * base.dtype.type(self.scale), lora_A)
 
-    def constants_held(self) -> AbstractContextManager[None]:
+    def constants_held(self, linear: Linear) -> AbstractContextManager[None]:
         """Inside, what backward takes for a constant is one in forward too, as finite differences need it."""
         return nullcontext()
 

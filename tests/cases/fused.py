@@ -275,6 +275,19 @@ def group_calls(draw: st.DrawFn) -> Call:
     return Call((x, *layers), {"scales": tuple(scales)})
 
 
+def with_magnitude(z, magnitude, bias, *, norm):
+    y = ops.mul(z, ops.div(magnitude, norm))
+    return y if bias is None else ops.add(y, bias)
+
+
+@st.composite
+def magnitude_calls(draw: st.DrawFn) -> Call:
+    """Norms apart from the magnitudes, of either sign, so that neither can stand for the other."""
+    rng, leading, width = draw(generators), draw(shapes(1, 2)), draw(sizes)
+    bias = normal(rng, width) if draw(st.booleans()) else None
+    return Call((normal(rng, *leading, width), normal(rng, width), bias), {"norm": positive(rng, width)})
+
+
 def dropout(x, *, probability, seed):
     xp = array_module(x.data)
     kept = xp.random.default_rng(seed).random(x.shape, dtype="float32") >= probability
@@ -303,5 +316,6 @@ CASES = {
     "lora_linear": Case(lora_calls(base=True), lora_linear, frozen=(1,)),
     "lora_linears": Case(group_calls(), lora_linears, frozen=(1, 5, 9)),
     "low_rank": Case(lora_calls(base=False), low_rank),
+    "with_magnitude": Case(magnitude_calls(), with_magnitude),
     "dropout": Case(dropout_calls(), dropout),
 }

@@ -102,9 +102,10 @@ def test_removing_one_of_several_selected_leaves_the_bare_base(model, chosen):
         (lambda m: m.logits([[3, 4], [5]]), "rows of tokens differ in length"),
         (lambda m: m.loss([[3, 4], [5, 6]], labels=[[3], [5, 6]]), "rows of labels differ in length"),
         (lambda m: m.add_adapter("b", ml.LoraConfig(target_modules=["nowhere"])), "'nowhere' matches no linear layer"),
-        (lambda m: m.add_adapter("b", ml.LoraConfig(use_dora=True)), "asks for the variant 'dora', expected one of"),
-        (lambda m: m.add_adapter("b", ml.LoraConfig(bias="all")), "bias is 'all', which is not supported"),
-        (lambda m: m.add_adapter("b", ml.LoraConfig(modules_to_save=["norm"])), "modules_to_save is"),
+        (lambda m: m.add_adapter("b", ml.LoraConfig(variant="dorra")), "variant is 'dorra', expected one of lora, lora_fa"),
+        (lambda m: m.add_adapter("b", ml.LoraConfig(r=17, init="pissa")), "takes 17 .*expected a rank of at most 16"),
+        (lambda m: m.add_adapter("b", ml.LoraConfig(modules_to_save=["lm_haed"])), "'lm_haed' matches no module; did you"),
+        (lambda m: m.add_adapter("b", seed=-1), "seed is -1, expected a whole number of at least 0"),
     ],
 )
 def test_what_does_not_fit_is_named_and_changes_nothing(model, action, message):

@@ -145,7 +145,7 @@ def test_layers_that_are_all_adapted_are_named_by_their_last_part():
         ({"layers_to_transform": [True]}, r"layers_to_transform is \[True\]"),
         ({"rank_pattern": [1]}, r"rank_pattern is \[1\], expected {pattern: value}"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes', expected True or False"),
-        ({"init": "pissa"}, "init is 'pissa', expected one of kaiming"),
+        ({"init": "random"}, "init is 'random', expected one of kaiming, gaussian, zeros, pissa or pissa_niter_N"),
         ({"bias": "some"}, "bias is 'some', expected one of none"),
     ],
 )
