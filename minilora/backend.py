@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -53,6 +55,14 @@ def dtype_of(name: str) -> np.dtype:
     return np.dtype(name)
 
 
+def activation_dtype(dtype: np.dtype, device: str) -> np.dtype:
+    """What a network computes in whose weights are `dtype`: bfloat16 for bfloat16 on a GPU, else `compute_dtype`.
+
+    A CPU has no bfloat16 arithmetic, and float16 overflows. Sums and statistics are float32 all the same.
+    """
+    return dtype if dtype.name == "bfloat16" and device.startswith("cuda") else compute_dtype(dtype)
+
+
 def compute_dtype(dtype: np.dtype) -> np.dtype:
     """The dtype that a sum over values of `dtype` is taken in: float64 stays float64, everything else float32."""
     return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
@@ -73,6 +83,7 @@ def cast(array: Array, dtype: np.dtype) -> Array:
 # --- devices --------------------------------------------------------------------------------------------------------
 
 
+@cache
 def parse_device(device: str) -> tuple[str, int]:
     """("cpu", 0) or ("cuda", index) from "cpu", "cuda" or "cuda:1"; MiniloraError when it is not there to be used."""
     kind, _, index = device.partition(":")
@@ -93,11 +104,17 @@ def parse_device(device: str) -> tuple[str, int]:
         raise MiniloraError(f"device {device!r}: CuPy finds no usable GPU ({error}); use --device cpu") from None
     if number >= count:
         raise MiniloraError(f"device {device!r}: there are {count} GPUs, numbered from 0; use cuda:{max(count - 1, 0)}")
+    for load in gpu_loaders:
+        load()
     return "cuda", number
 
 
+gpu_loaders: list[Callable[[], Any]] = []  # run when a GPU is first asked for: the GPU kernels register themselves so
+
+
 def device_of(array: Array) -> str:
-    """ "cpu", or "cuda:N" for an array of CuPy's."""
+    """ "cpu", or "cuda:N" for an array of CuPy's; of a compressed weight, that of its `storage`."""
+    array = getattr(array, "storage", array)
     return "cpu" if array_module(array) is np else f"cuda:{array.device.id}"
 
 
@@ -144,12 +161,50 @@ def to_numpy(array: Any) -> np.ndarray:
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     """a @ b for equal dtypes, broadcasting over leading axes: every matrix product of the engine comes through here."""
-    return array_module(a, b).matmul(a, b, out=out)
+    if array_module(a, b) is np:
+        return np.matmul(a, b, out=out)
+    return gpu_products[-1](a, b, out)
+
+
+def _cupy_product(a: Array, b: Array, out: Array | None) -> Array:
+    return sys.modules["cupy"].matmul(a, b, out=out)
+
+
+gpu_products = [_cupy_product]  # the last one computes products on a GPU; the GPU kernels add theirs
 
 
 def add_at(target: Array, index: Array, values: Array) -> None:
     """target[index] += values along the first axis, repeated indices adding up (the transpose of target[index])."""
+    if target.dtype.name == "bfloat16":  # of which neither library has the operation: the sums are taken wider
+        wide = cast(target, np.dtype(np.float32))
+        add_at(wide, index, cast(values, wide.dtype))
+        target[...] = cast(wide, target.dtype)
+        return
     array_module(target).add.at(target, index, values)  # CuPy's additions are atomic, so their order is not fixed
+
+
+# --- work in parts --------------------------------------------------------------------------------------------------
+
+
+def _in_order(fn: Callable[[int, int], None], n: int, most: int) -> None:
+    for start in range(0, n, most):
+        fn(start, min(start + most, n))
+
+
+cpu_runner = [_in_order]  # the last one runs; the CPU kernels add theirs, which spreads the parts over the cores
+
+
+def in_parts(fn: Callable[[int, int], None], n: int, most: int, library: ModuleType = np) -> None:
+    """fn(start, stop) for parts of at most `most` that cover 0 … n; a part must not touch what another one writes."""
+    (cpu_runner[-1] if library is np else _in_order)(fn, n, most)
+
+
+pass_contexts: list[Callable[[], AbstractContextManager[Any]]] = [nullcontext]  # the GPU kernels add theirs
+
+
+def one_pass() -> AbstractContextManager[Any]:
+    """A context for one forward pass, in which no trained parameter changes: what is derived from them is made once."""
+    return pass_contexts[-1]()
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -1,15 +1,16 @@
-"""Layers: a Module knows its parameters by name; Linear also has the slot that adapters are put into.
+"""Layers: a Module knows its parameters by name; Linear and Embedding also have the slot that adapters are put into.
 
 Names are those of the checkpoint (Hugging Face), because they are the attribute names:
 `model.layers.0.self_attn.q_proj`. An adapter changes no name and wraps nothing: it sits in the `adapter` slot of the
-Linear that it adapts.
+layer that it adapts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,11 +22,23 @@ from .tensor import Tensor
 class Module:
     """Something with parameters (Tensor attributes) and parts (Module attributes, or lists of Modules)."""
 
+    adapter: Any = None  # lora.layer.AdapterSlot, of a Linear or an Embedding: called with the layer and its input
+    own: Any = None  # lora.own.OwnParameters: what adapters have in the place of this Module's parameters
+
     def forward(self, *args: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def __call__(self, *args: Any) -> Any:
-        return self.forward(*args)
+        return self.current().forward(*args)
+
+    def current(self) -> Self:
+        """This Module, or its twin that has the selected adapter's own parameters in the place of the base's."""
+        own = None if self.own is None else self.own.selected()
+        if not own:
+            return self
+        twin = copy(self)
+        vars(twin).update(own)
+        return twin
 
     def parts(self) -> Iterator[tuple[str, Module]]:
         """The Modules right below this one, by attribute name ("layers.3" for an entry of a list)."""
@@ -51,12 +64,12 @@ class Module:
                     yield f"{module_name}.{name}" if module_name else name, value
 
     def trained(self) -> list[Tensor]:
-        """Every Tensor below that is trained: unfrozen base parameters and the adapters in the slots."""
-        found = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
+        """Every Tensor below that is trained: unfrozen base parameters and those of the selected adapters."""
+        found = [parameter for _, parameter in self.named_parameters()]
         for _, module in self.named_modules():
-            if isinstance(module, Linear) and module.adapter is not None:
-                found += [parameter for parameter in module.adapter.parameters() if parameter.requires_grad]
-        return found
+            for held in (module.adapter, module.own):
+                found += [] if held is None else held.parameters()
+        return [parameter for parameter in found if parameter.requires_grad]
 
 
 class AdapterState:
@@ -105,7 +118,6 @@ class Linear(Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, conv1d: bool = False) -> None:
         self.weight, self.bias, self.conv1d = weight, bias, conv1d
-        self.adapter: Any = None  # lora.layer.AdapterSlot: called with this layer and x
 
     @classmethod
     def load(
@@ -127,19 +139,51 @@ class Linear(Module):
         return self.weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.adapter is not None:
-            return self.adapter(self, x)
+        return self.base(x) if self.adapter is None else self.adapter(self, x)
+
+    def base(self, x: Tensor) -> Tensor:
+        """The layer without the adapters in its slot."""
         return ops.linear(x, self.weight, self.bias)
 
 
+def together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Each layer's output for the same x (..., in), as layer(x): in one call where a kernel takes them together."""
+    if ops.lora_linears.kernels:
+        inputs: list[Any] = [x]
+        scales: list[float] = []
+        for layer in (layer.current() for layer in layers):
+            plain = (None, None, 0.0) if layer.adapter is None else layer.adapter.plain()
+            if plain is None or layer.weight.requires_grad:
+                break
+            inputs += [layer.weight, layer.bias, *plain[:2]]
+            scales.append(plain[2])
+        else:
+            if ops.lora_linears.has_kernel_for(*inputs, scales=tuple(scales)):
+                return ops.lora_linears(*inputs, scales=tuple(scales))
+    return tuple(layer(x) for layer in layers)
+
+
 class Embedding(Module):
-    """Rows of a (V, D) table by token, in `dtype`."""
+    """Rows of a (V, D) table by token, in `dtype`, plus what the adapters in the slot add."""
 
     def __init__(self, weight: Tensor, dtype: np.dtype) -> None:
         self.weight, self.dtype = weight, dtype
 
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0]
+
     def forward(self, tokens: Array) -> Tensor:
-        return ops.embedding(self.weight, tokens=tokens, dtype=self.dtype)
+        x = Tensor(tokens)
+        return self.base(x) if self.adapter is None else self.adapter(self, x)
+
+    def base(self, tokens: Tensor) -> Tensor:
+        """The layer without the adapters in its slot."""
+        return ops.embedding(self.weight, tokens=tokens.data, dtype=self.dtype)
 
 
 class RMSNorm(Module):
@@ -151,6 +195,14 @@ class RMSNorm(Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, eps=self.eps)
 
+    def residual(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """s = x + delta (x for None) and norm(s): in one call where there is a kernel for it."""
+        weight = self.current().weight
+        if ops.add_rms_norm.has_kernel_for(x, delta, weight, eps=self.eps):
+            return ops.add_rms_norm(x, delta, weight, eps=self.eps)
+        s = x if delta is None else x + delta
+        return s, self(s)
+
 
 class LayerNorm(Module):
     """`ops.layer_norm` with its weight and bias (D,)."""
@@ -160,3 +212,11 @@ class LayerNorm(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+    def residual(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As RMSNorm's."""
+        weight, bias = self.current().weight, self.current().bias
+        if ops.add_layer_norm.has_kernel_for(x, delta, weight, bias, eps=self.eps):
+            return ops.add_layer_norm(x, delta, weight, bias, eps=self.eps)
+        s = x if delta is None else x + delta
+        return s, self(s)

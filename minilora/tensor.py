@@ -269,6 +269,11 @@ class Primitive:
                     return kernel.function
         return self.definition
 
+    def has_kernel_for(self, *inputs: Any, **options: Any) -> bool:
+        """Whether a call with these inputs would run a kernel, for callers that have another way without one."""
+        arrays = [value.data if isinstance(value, Tensor) else value for value in inputs]
+        return self.implementation(arrays, options) is not self.definition
+
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         arrays = [value.data if isinstance(value, Tensor) else value for value in inputs]
         needs = tuple(_recording and isinstance(value, Tensor) and value.requires_grad for value in inputs)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import Array
+from ..backend import Array, array_module
 from ..errors import MiniloraError
 from ..nn import Embedding, LayerNorm, Linear, Module, Weights
 from ..tensor import Tensor
@@ -76,7 +76,7 @@ class GPT2Attention(Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, time, hidden = x.shape
         qkv = self.c_attn(x).reshape(batch, time, 3, self.heads, self.width)  # (B, T, D) -> (B, T, 3, H, d)
-        q, k, v = (qkv[:, :, part] for part in range(3))  # each (B, T, H, d)
+        q, k, v = ops.unstack(qkv, axis=2)  # each (B, T, H, d)
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
         o = ops.attention(q, k, v, scale=self.width**-0.5, segments=context.segments)
@@ -104,8 +104,9 @@ class GPT2Block(Module):
         self.mlp = GPT2MLP(config, weights.at("mlp"))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.attn(self.ln_1(x), context)
-        return x + self.mlp(self.ln_2(x))
+        x, normed = self.ln_1.residual(x)
+        x, normed = self.ln_2.residual(x, self.attn(normed, context))
+        return x + self.mlp(normed)
 
 
 class GPT2Model(Module):
@@ -143,6 +144,8 @@ class GPT2ForCausalLM(CausalLM):
         return super().ignores(name, config) or mask is not None
 
     def embed(self, tokens: Array, positions: Array) -> Tensor:
+        if self.transformer.wpe.adapter is not None:
+            positions = array_module(positions).broadcast_to(positions, tokens.shape)  # each row may have its own
         return self.transformer.wte(tokens) + self.transformer.wpe(positions)
 
     @property

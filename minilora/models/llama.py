@@ -42,8 +42,9 @@ class LlamaBlock(Module):
         return SelfAttention(config, weights, layer, qkv_bias=config.attention_bias, out_bias=config.attention_bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.input_layernorm.residual(x)
+        x, normed = self.post_attention_layernorm.residual(x, self.self_attn(normed, context))
+        return x + self.mlp(normed)
 
 
 class LlamaModel(Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .. import ops
 from ..backend import Array
-from ..nn import Linear, Module, RMSNorm, Weights
+from ..nn import Linear, Module, RMSNorm, Weights, together
 from ..tensor import Tensor
 from .cache import KVCache
 from .config import ModelConfig
@@ -52,9 +52,10 @@ class SelfAttention(Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, time, _ = x.shape
-        q = self.q_proj(x).reshape(batch, time, self.heads, self.width)  # (B, T, D) -> (B, T, H, d)
-        k = self.k_proj(x).reshape(batch, time, self.kv_heads, self.width)  # (B, T, D) -> (B, T, K, d)
-        v = self.v_proj(x).reshape(batch, time, self.kv_heads, self.width)
+        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.reshape(batch, time, self.heads, self.width)  # (B, T, H d) -> (B, T, H, d)
+        k = k.reshape(batch, time, self.kv_heads, self.width)  # (B, T, K d) -> (B, T, K, d)
+        v = v.reshape(batch, time, self.kv_heads, self.width)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = ops.rotary(q, cos=context.cos, sin=context.sin)
@@ -75,4 +76,4 @@ class GatedMLP(Module):
         self.down_proj = Linear.load(weights.at("down_proj"), hidden, inner, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.silu_mul(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.silu_mul(*together(x, self.gate_proj, self.up_proj)))
