@@ -296,11 +296,14 @@ class Model:
         self._adapters.select(name)
 
     def load_adapter(self, name: str, path: str | Path, trainable: bool = True) -> None:
-        """Load a PEFT directory as adapter `name` and select it; its keys and shapes must fit this model one to one."""
-        from .formats.peft import read_adapter
+        """Load a PEFT or an mlx-lm directory, or a GGUF adapter, as adapter `name` and select it.
+
+        Its keys and shapes must fit this model one to one.
+        """
+        from .formats.adapter import read_adapter
 
         self._must_not_be_merged("load an adapter")
-        config, values = read_adapter(Path(path))
+        config, values = read_adapter(path, self.config, self.network.head_is_tied)
         self._adapters.add(name, config, values=values, trainable=trainable)
         self._adapters.select(name)
 
@@ -388,6 +391,22 @@ class Model:
         """Write the base, merged or not, as a Hugging Face directory with its tokenizer (adapters: save_adapter)."""
         from .formats.checkpoint import save_checkpoint
 
+        config = dict(self.config.raw) | {"tie_word_embeddings": self.network.head_is_tied}
+        save_checkpoint(Path(path), config, self._checkpoint_tensors(), self.tokenizer, self.generation_config)
+
+    def save_gguf(self, path: str | Path, dtype: str = "f16") -> float:
+        """Write the base, merged or not, with its tokenizer as one GGUF file for llama.cpp; matrices "f32", "f16",
+        "bf16" or "q8_0".
+
+        Returns how far rounding moved a matrix at most, ‖W − W'‖ / ‖W‖.
+        """
+        from .formats.gguf_write import write_gguf_model
+
+        tensors, name = self._checkpoint_tensors(), Path(self.source).name
+        return write_gguf_model(path, self.config, tensors, self.tokenizer, dtype, name)
+
+    def _checkpoint_tensors(self) -> dict[str, np.ndarray]:
+        """The base's parameters by Hugging Face's names and in its layout, on the host; a tied head is left out."""
         tensors: dict[str, np.ndarray] = {}
         modules = dict(self.network.named_modules())
         for name, parameter in self.network.named_parameters():
@@ -395,8 +414,7 @@ class Model:
             owner = modules[name.rpartition(".")[0]]
             transposed = isinstance(owner, Linear) and owner.conv1d and name.endswith(".weight")
             tensors[name] = to_numpy(data.T if transposed else data)
-        config = dict(self.config.raw) | {"tie_word_embeddings": self.network.head_is_tied}
-        save_checkpoint(Path(path), config, tensors, self.tokenizer, self.generation_config)
+        return tensors
 
 
 def _rectangle(name: str, rows: Any) -> np.ndarray:

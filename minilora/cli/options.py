@@ -16,9 +16,15 @@ ModelName = Annotated[
 ]
 AdapterDirectories = Annotated[
     list[Path] | None,
-    typer.Option("--adapter", help="An adapter directory (PEFT); may be given several times.", show_default=False),
+    typer.Option(
+        "--adapter",
+        help="An adapter: a directory (PEFT, mlx-lm) or a .gguf file; may be given several times.",
+        show_default=False,
+    ),
 ]
-AdapterDirectory = Annotated[Path, typer.Option("--adapter", help="An adapter directory (PEFT).")]
+AdapterDirectory = Annotated[
+    Path, typer.Option("--adapter", help="An adapter: a directory (PEFT, mlx-lm) or a .gguf file.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="Hold the weights in float32, float64, float16 or bfloat16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from ..errors import MiniloraError
 from .tokenizer import Tokenizer
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # llama.cpp's token types; 5 is unused
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 _END_ROLES = ("eos", "eot", "eom")  # end of sequence, of turn, of message: each ends a generation
 
@@ -27,13 +27,14 @@ _LLAMA3_WORDS = (
     r"|\s+(?!\S)|\s+"
 )
 # How text is split into words before BPE, by tokenizer.ggml.pre: each expression splits the pieces of the one before.
-_WORDS = {
+WORDS = {
     "gpt-2": [_GPT2_WORDS],
     "smollm": [r"\p{N}", _GPT2_WORDS],
     "llama-bpe": [_LLAMA3_WORDS],
     "qwen2": [_LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"],
 }
+WHOLE_WORDS = "llama-bpe"  # takes a whole word that is in the vocabulary even where the merges would not lead to it
 
 
 def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer | None:
@@ -60,7 +61,7 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer | 
     for role, name in _ROLES.items():
         if (token := _role_id(path, metadata, role, tokens)) is not None:
             config[name] = tokens[token]
-    if isinstance(context := metadata.get("llama.context_length"), int):
+    if isinstance(context := metadata.get(f"{metadata.get('general.architecture')}.context_length"), int):
         config["model_max_length"] = context
     _add_sequence_tokens(backend, metadata, config, kind)
     ends = [_role_id(path, metadata, role, tokens) for role in _END_ROLES]
@@ -72,8 +73,8 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer | 
 
 def _byte_level_bpe(path: Path, metadata: Mapping[str, Any]) -> Backend:
     words = metadata.get("tokenizer.ggml.pre", "default")
-    if not isinstance(words, str) or words not in _WORDS:
-        raise MiniloraError(f'{path}: pre-tokenizer "{words}" is not supported, expected one of {", ".join(_WORDS)}')
+    if not isinstance(words, str) or words not in WORDS:
+        raise MiniloraError(f'{path}: pre-tokenizer "{words}" is not supported, expected one of {", ".join(WORDS)}')
     vocabulary = {token: number for number, token in enumerate(_tokens(path, metadata))}
     merges = []
     for merge in _texts(path, metadata, "tokenizer.ggml.merges"):
@@ -81,16 +82,18 @@ def _byte_level_bpe(path: Path, metadata: Mapping[str, Any]) -> Backend:
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise MiniloraError(f"{path}: merge {merge!r} is not of two tokens into a third; convert the model again")
         merges.append((left, right))
-    # Llama 3 takes a whole word that is in the vocabulary even where the merges would not lead to it.
-    backend = Backend(models.BPE(vocabulary, merges, ignore_merges=words == "llama-bpe"))
+    backend = Backend(models.BPE(vocabulary, merges, ignore_merges=words == WHOLE_WORDS))
     if words == "qwen2":
         backend.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _WORDS[words]]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    backend.pre_tokenizer = word_splitter(words)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def word_splitter(words: str) -> pre_tokenizers.PreTokenizer:
+    """How text is split before BPE under the name `words`, one of WORDS."""
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in WORDS[words]]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _sentencepiece_bpe(path: Path, metadata: Mapping[str, Any]) -> Backend:
@@ -109,7 +112,7 @@ def _sentencepiece_bpe(path: Path, metadata: Mapping[str, Any]) -> Backend:
     ranked = []
     types = _token_types(path, metadata, tokens)
     for token, score, type_ in zip(tokens, scores, types, strict=True):
-        if type_ in (_UNKNOWN, _CONTROL, _BYTE):
+        if type_ in (UNKNOWN, CONTROL, BYTE):
             continue
         for cut in range(1, len(token)):
             left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
@@ -136,7 +139,7 @@ def _sentencepiece_bpe(path: Path, metadata: Mapping[str, Any]) -> Backend:
 
 def _add_sequence_tokens(backend: Backend, metadata: Mapping[str, Any], config: dict[str, Any], kind: str) -> None:
     """Make encode() put the begin and end token around a text, where the file says so or its kind implies it."""
-    implied = kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    implied = kind == "llama" or metadata.get("tokenizer.ggml.pre") == WHOLE_WORDS
     config["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", implied)) and "bos_token" in config
     config["add_eos_token"] = bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos_token" in config
     before = [config["bos_token"]] if config["add_bos_token"] else []
@@ -155,15 +158,15 @@ def _added_tokens(
     """(special, user-defined) tokens: both are found in a text before it is split, only the first are hidden later."""
     special, user_defined = [], []
     for token, type_ in zip(tokens, _token_types(path, metadata, tokens), strict=True):
-        if type_ in (_CONTROL, _UNKNOWN):
+        if type_ in (CONTROL, UNKNOWN):
             special.append(AddedToken(token, special=True, normalized=False))
-        elif type_ == _USER_DEFINED:
+        elif type_ == USER_DEFINED:
             user_defined.append(AddedToken(token, special=False, normalized=False))
     return special, user_defined
 
 
 def _token_types(path: Path, metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
-    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise MiniloraError(f"{path}: metadata tokenizer.ggml.token_type is no list of one number a token")
     return types

@@ -44,6 +44,7 @@ class Tokenizer:
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
         self.pad_token_id = self._special_id("pad_token")
+        self.unk_token_id = self._special_id("unk_token")
         self.eos_token_ids = {int(token) for token in eos_token_ids}
         if self.eos_token_id is not None:
             self.eos_token_ids.add(self.eos_token_id)

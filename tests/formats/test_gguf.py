@@ -235,7 +235,8 @@ def test_other_rotary_divisors_are_refused(write_gguf, divisors):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gpt2"}, 'architecture "gpt2" is not supported in GGUF, expected "llama"'),
+        ({"architecture": "falcon"}, 'architecture "falcon" is not supported in GGUF, expected one of llama, qwen2'),
+        ({"metadata": {"general.type": "adapter"}}, 'is of type "adapter", not a model'),
         ({"metadata": {"llama.expert_count": 8}}, "a mixture of 8 experts"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, 'rotary scaling "yarn"'),
         ({"metadata": {"llama.rope.dimension_count": 8}}, "only 8 of 16 values per head are rotated"),
@@ -252,7 +253,7 @@ def test_other_rotary_divisors_are_refused(write_gguf, divisors):
         ({"tensors": {"model.embed_tokens.weight": None}}, "token_embd.weight is missing"),
         (
             {"tensors": {"model.layers.0.post_ffw_norm.weight": np.ones(64, np.float32)}},
-            "post_ffw_norm.weight belongs to no Llama",
+            "post_ffw_norm.weight belongs to no llama model",
         ),
     ],
 )
