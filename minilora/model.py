@@ -318,8 +318,10 @@ class Model:
             config,
             values,
             base_model=self.source,
-            module_names=shortest_patterns(list(layers), list(self._adapters.linears)),
-            fan_in_fan_out=any(self._adapters.linears[layer].conv1d for layer in layers),
+            module_names=shortest_patterns(
+                list(layers), list(self._adapters.adaptable), by_layer=config.layers_to_transform is not None
+            ),
+            fan_in_fan_out=any(getattr(self._adapters.adaptable[layer], "conv1d", False) for layer in layers),
         )
 
     def set_adapter(
@@ -376,15 +378,14 @@ class Model:
         """Everything that training would change now: unfrozen base parameters by name, the selected adapters' by PEFT
         key.
 
-        With several adapters selected their keys carry the adapter's name before the last part, as in PEFT's memory.
+        With several adapters selected their keys carry the adapter's name, as in PEFT's memory.
         """
         found = {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
         active = list(self.active_adapters)
         for adapter in active:
             for key, tensor in self._adapters.parameters(adapter).items():
                 if tensor.requires_grad:
-                    stem, _, last = key.rpartition(".")
-                    found[key if len(active) == 1 else f"{stem}.{adapter}.{last}"] = tensor
+                    found[key if len(active) == 1 else _key_in_memory(key, adapter)] = tensor
         return found
 
     def save(self, path: str | Path) -> None:
@@ -415,6 +416,12 @@ class Model:
             transposed = isinstance(owner, Linear) and owner.conv1d and name.endswith(".weight")
             tensors[name] = to_numpy(data.T if transposed else data)
         return tensors
+
+
+def _key_in_memory(key: str, adapter: str) -> str:
+    """A key of PEFT's files as its models call it: `lora_A.NAME.weight`, but `lora_embedding_A.NAME`."""
+    stem, _, last = key.rpartition(".")
+    return f"{key}.{adapter}" if last.startswith("lora_") else f"{stem}.{adapter}.{last}"
 
 
 def _rectangle(name: str, rows: Any) -> np.ndarray:

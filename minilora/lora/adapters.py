@@ -1,4 +1,6 @@
-"""All adapters on one base: adding, loading values, selecting, removing. No base weight is copied or changed here."""
+"""All adapters on one base: adding, loading values, selecting, removing. No base weight is changed here, and none is
+copied but into adapters that train it (own.py).
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..backend import cast, compute_dtype, to_device, to_numpy
+from ..backend import compute_dtype, to_device, to_numpy
 from ..errors import MiniloraError
 from ..models import CausalLM
-from ..nn import Linear
-from ..ops import CompressedWeight
+from ..nn import Embedding, Linear
 from ..tensor import Tensor
 from .config import LoraConfig
 from .layer import AdapterSlot, LoraLayer, Selection
-from .targets import check_patterns, target_names
+from .own import Own, OwnParameters, copies, copy_of, repeats
+from .targets import check_patterns, saved_names, target_names
 from .variants import layer_class
+from .variants.embedding import LoraEmbedding
 
 PEFT_PREFIX = "base_model.model."  # PEFT's keys are this, the module's path, a dot and the name within the layer
 
@@ -29,7 +32,11 @@ class Adapters:
         self.state = network.adapter_state
         self.state.selection = Selection()
         self.configs: dict[str, LoraConfig] = {}
+        self.own: dict[str, dict[str, Own]] = {}  # by adapter, then by PEFT's key without its prefix
         self.linears = {name: module for name, module in network.named_modules() if isinstance(module, Linear)}
+        self.adaptable = {  # what can have an A and a B: embeddings too
+            name: module for name, module in network.named_modules() if isinstance(module, Linear | Embedding)
+        }
 
     @property
     def selection(self) -> Selection:
@@ -39,9 +46,9 @@ class Adapters:
         """The slots that hold adapter `name`, by module name."""
         self.check(name)
         return {
-            path: linear.adapter
-            for path, linear in self.linears.items()
-            if linear.adapter and name in linear.adapter.layers
+            path: module.adapter
+            for path, module in self.adaptable.items()
+            if module.adapter and name in module.adapter.layers
         }
 
     def layers(self, name: str) -> dict[str, LoraLayer]:
@@ -64,7 +71,7 @@ class Adapters:
         values: Mapping[str, np.ndarray] | None = None,
         trainable: bool = True,
     ) -> None:
-        """Put a new adapter into the slots of the layers that `config` targets.
+        """Put a new adapter into the slots of the layers that `config` targets, with copies of what it trains whole.
 
         values: PEFT key -> array to use instead of a random start; they must fit one to one. Nothing changes on an
         error.
@@ -73,10 +80,12 @@ class Adapters:
             raise MiniloraError(f"an adapter's name is {name!r}, expected a text without dots")
         if name in self.configs:
             raise MiniloraError(f"there is an adapter {name!r} already: delete it first, or choose another name")
-        for field, plain in (("bias", "none"), ("modules_to_save", None)):
-            if (asked := getattr(config, field)) and asked != plain:
-                raise MiniloraError(f"LoraConfig.{field} is {asked!r}, which is not supported, expected {plain!r}")
-        paths = target_names(list(self.linears), config)
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise MiniloraError(f"seed is {seed!r}, expected a whole number of at least 0")
+        modules = {path: module for path, module in self.network.named_modules() if path}
+        saved = saved_names(list(modules), config.modules_to_save or ())
+        embeddings = self.adaptable.keys() - self.linears.keys()
+        paths = target_names(list(self.adaptable), config, embeddings, saved)
         check_patterns(paths, config.rank_pattern, "rank_pattern")
         check_patterns(paths, config.alpha_pattern, "alpha_pattern")
         dtype = compute_dtype(self.network.dtype)
@@ -85,42 +94,55 @@ class Adapters:
         layer_type = layer_class(config)
         layers: dict[str, LoraLayer] = {}
         for path in paths:
-            linear = self.linears[path]
-            layers[path] = layer = layer_type(linear, config, path, dtype, random, mask_seed)
+            module = self.adaptable[path]
+            kind: type[LoraLayer] = LoraEmbedding if isinstance(module, Embedding) else layer_type
+            layers[path] = layer = kind(module, config, path, dtype, random, mask_seed)  # type: ignore[arg-type]
             for part, tensor in layer.parameters().items():
                 if values is not None:
                     value = _fitting(values, f"{PEFT_PREFIX}{path}.{part}", tensor.shape, dtype)
                     tensor.data = to_device(value, tensor.device)
                 tensor.requires_grad = tensor.requires_grad and trainable
+        own = copies(self.network, config, paths, saved)
+        for key, copy in own.items():
+            shape = copy.as_in_files(copy.tensor).shape if values is not None else ()
+            value = None if values is None else _fitting(values, PEFT_PREFIX + key, shape, dtype)
+            own[key] = copy_of(copy, value, dtype, trainable)
         if values is not None:
-            known = {f"{PEFT_PREFIX}{path}.{part}" for path, layer in layers.items() for part in layer.parameters()}
-            extra = sorted(key for key in set(values) - known if not self._repeats_the_base(key, values[key]))
-            if extra:
-                raise MiniloraError(
-                    f"the adapter has {len(extra)} tensors that fit no layer of this model, first {extra[0]}: "
-                    "is it another model's?"
-                )
+            self._check_nothing_is_left(values, layers, own)
         numbers = {path: number for number, path in enumerate(self.linears)}
         for path, layer in layers.items():
-            linear = self.linears[path]
-            linear.adapter = linear.adapter or AdapterSlot(self.state, numbers[path])
-            linear.adapter.layers[name] = layer
-        self.configs[name] = config
+            module = self.adaptable[path]
+            module.adapter = module.adapter or AdapterSlot(self.state, numbers.get(path, 0))
+            module.adapter.layers[name] = layer
+        for copy in own.values():
+            copy.module.own = copy.module.own or OwnParameters(self.state)
+            copy.module.own.tensors.setdefault(name, {})[copy.attribute] = copy.tensor
+        self.configs[name], self.own[name] = config, own
 
-    def _repeats_the_base(self, key: str, value: np.ndarray) -> bool:
-        """Whether a tensor of an adapter's file is this base's own weight, which PEFT saves beside an adapted head."""
-        linear = self.linears.get(key.removeprefix(PEFT_PREFIX).removesuffix(".base_layer.weight"))
-        if linear is None or isinstance(linear.weight.data, CompressedWeight) or value.shape != linear.weight.shape:
-            return False
-        return np.array_equal(cast(value, linear.weight.dtype), to_numpy(linear.weight))
+    def _check_nothing_is_left(
+        self, values: Mapping[str, np.ndarray], layers: Mapping[str, LoraLayer], own: Mapping[str, Own]
+    ) -> None:
+        """MiniloraError if a file has a tensor that is none of the adapter's, and no repetition of what is known."""
+        known = {f"{path}.{part}" for path, layer in layers.items() for part in layer.parameters()} | own.keys()
+        plain = {key.removeprefix(PEFT_PREFIX): value for key, value in values.items()}
+        extra = sorted(key for key in plain.keys() - known if not repeats(key, plain[key], plain, self.network))
+        if extra:
+            raise MiniloraError(
+                f"the adapter has {len(extra)} tensors that fit no layer of this model, first {PEFT_PREFIX}{extra[0]}: "
+                "is it another model's?"
+            )
 
     def remove(self, name: str) -> None:
         """Take adapter `name` out of all slots; a selection that names it becomes the bare base."""
         for path in self.slots(name):
-            linear = self.linears[path]
-            del linear.adapter.layers[name]
-            if not linear.adapter.layers:
-                linear.adapter = None
+            module = self.adaptable[path]
+            del module.adapter.layers[name]
+            if not module.adapter.layers:
+                module.adapter = None
+        for module in {id(own.module): own.module for own in self.own.pop(name).values()}.values():
+            del module.own.tensors[name]
+            if not module.own.tensors:
+                module.own = None
         del self.configs[name]
         used = [used for used, _ in self.selection.weights] if self.selection.rows is None else self.selection.rows
         if name in used:
@@ -134,6 +156,7 @@ class Adapters:
             for name in rows:
                 if name is not None:
                     self.check(name)
+                    self._check_has_no_own(name, "selected by row")
             self.state.selection = Selection(rows=tuple(rows))
             return
         weights = self.weighted({} if which is None else which)
@@ -146,25 +169,35 @@ class Adapters:
             self.check(name)
             if not isinstance(weight, int | float | np.number) or not np.isfinite(weight):
                 raise MiniloraError(f"the weight of adapter {name!r} is {weight!r}, expected a finite number")
+            if len(weights) > 1 or weight != 1:
+                self._check_has_no_own(name, "weighted")
         return {name: float(weight) for name, weight in weights.items()}
 
+    def _check_has_no_own(self, name: str, how: str) -> None:
+        """MiniloraError where the adapter has parameters of its own, which stand in for the base's whole or not."""
+        if self.own[name]:
+            raise MiniloraError(
+                f"adapter {name!r} has parameters of its own ({next(iter(self.own[name]))}), which cannot be {how}: "
+                "select or merge it alone, with weight 1"
+            )
+
     def parameters(self, name: str) -> dict[str, Tensor]:
-        """Adapter `name`'s Tensors by PEFT key, in the order of the layers."""
-        return {
-            f"{PEFT_PREFIX}{path}.{part}": tensor
+        """Adapter `name`'s Tensors by PEFT key: A and B in the order of the layers, then its copies of the base's."""
+        low_rank = {
+            f"{path}.{part}": tensor
             for path, layer in self.layers(name).items()
             for part, tensor in layer.parameters().items()
         }
+        copied = {key: own.tensor for key, own in self.own[name].items()}
+        return {PEFT_PREFIX + key: tensor for key, tensor in (low_rank | copied).items()}
 
     def saved(self, name: str) -> tuple[LoraConfig, dict[str, np.ndarray]]:
         """Adapter `name` as PEFT knows it: its configuration, and its arrays by PEFT key, on the host."""
         layers = self.layers(name)
         config = layer_class(self.configs[name]).saved_config(self.configs[name])
-        return config, {
-            f"{PEFT_PREFIX}{path}.{part}": to_numpy(array)
-            for path, layer in layers.items()
-            for part, array in layer.saved().items()
-        }
+        low_rank = {f"{path}.{part}": array for path, layer in layers.items() for part, array in layer.saved().items()}
+        copied = {key: own.as_in_files(own.tensor.data) for key, own in self.own[name].items()}
+        return config, {PEFT_PREFIX + key: to_numpy(array) for key, array in (low_rank | copied).items()}
 
 
 def _fitting(values: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -20,8 +20,13 @@ class LoraConfig:
     r: rank of the update ΔW = scale · B A, with A (r, in) and B (out, r).
     alpha: numerator of the scale (PEFT's `lora_alpha`); scale = alpha / r, or alpha / sqrt(r) with `use_rslora`.
     dropout: probability of zeroing an entry of the adapter's input while training (PEFT's `lora_dropout`).
-    target_modules: a list matches module names by suffix, a string is a regular expression for the full name, and
-        "all-linear" is every linear layer but the head. `exclude_modules` is matched the same way and wins.
+    target_modules: a list matches names of linear layers and embeddings by suffix, a string is a regular expression for
+        the full name, and "all-linear" is every linear layer but the head. `exclude_modules` is matched the same way
+        and wins.
+    layers_to_transform: of the modules that are matched by suffix or expression only those of these blocks.
+    modules_to_save: modules that the adapter trains whole, in a copy of its own, each named by what its name ends in
+        (with all below it); they get no A and B. bias: "all" also trains every bias so, "lora_only" those of the
+        adapted layers.
     rank_pattern, alpha_pattern: {pattern: value} overriding r and alpha for the modules that a pattern matches.
     use_rslora, use_dora: rank-stabilised scale; directions and magnitudes apart (lora/variants/dora.py).
     variant: "lora", "lora_fa" (A stays as drawn), or another name in lora/variants: what PEFT's fields do not say.
@@ -76,6 +81,10 @@ class LoraConfig:
                    f"variant={self.variant!r}": self.variant != "lora"}  # fmt: skip
         if len(asked := [choice for choice, made in choices.items() if made]) > 1:
             raise MiniloraError(f"LoraConfig has {' and '.join(asked)}, expected one of them: they do not combine")
+        if self.modules_to_save is not None and not (
+            _is_list_of(str, self.modules_to_save) and all(self.modules_to_save)
+        ):
+            raise _bad("modules_to_save", self.modules_to_save, "a list of names, e.g. ['lm_head'], or None")
         if self.bias not in BIAS_MODES:
             raise _bad("bias", self.bias, f"one of {', '.join(BIAS_MODES)}")
 

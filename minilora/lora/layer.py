@@ -138,7 +138,7 @@ class AdapterSlot:
         active = [(self.layers[name], weight) for name, weight in selection.weights if name in self.layers]
         if len(active) == 1 and not linear.weight.requires_grad and not self._drops(active[0][0], selection):
             return active[0][0].forward(linear, x, active[0][1])
-        y = ops.linear(x, linear.weight, linear.bias)
+        y = linear.base(x)
         for layer, weight in active:
             y = y + layer.update(linear, x, self._dropped(layer, x, selection), weight)
         return y
@@ -158,7 +158,7 @@ class AdapterSlot:
         assert selection.rows is not None
         if len(selection.rows) != x.shape[0]:
             raise ValueError(f"set_adapter(rows=...) names {len(selection.rows)} rows, and the batch has {x.shape[0]}")
-        y = ops.linear(x, linear.weight, linear.bias)  # (B, T, out)
+        y = linear.base(x)  # (B, T, out)
         for name in dict.fromkeys(selection.rows):
             if name in self.layers:
                 mine = np.array([row for row, owner in enumerate(selection.rows) if owner == name])

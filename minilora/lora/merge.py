@@ -1,4 +1,7 @@
-"""Merging: W' = W + Σ weight · s · B A in float32 (float64 for a float64 base), rounded once; and back to W itself."""
+"""Merging: W' = W + Σ weight · s · B A in float32 (float64 for a float64 base), rounded once; and back to W itself.
+
+Parameters that an adapter has of its own (own.py) take the place of the base's, rounded once to its dtype.
+"""
 
 from __future__ import annotations
 
@@ -20,53 +23,69 @@ class Merge:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}  # by the parameter's name
 
     @property
     def active(self) -> bool:
         return bool(self.kept)
 
     def merge(self, adapters: Adapters, weights: Mapping[str, float]) -> None:
-        """Replace the weights of all adapted layers. Everything is computed and checked before anything is replaced."""
+        """Replace what the adapters change of the base. Everything is computed and checked before anything is replaced.
+
+        A tied matrix is replaced in the one layer that is adapted, so the head and the embedding then differ.
+        """
         if self.active:
             raise MiniloraError("an adapter is merged already: unmerge_adapter() first")
         if not weights:
             raise MiniloraError("found no adapter to merge, expected a name, or {name: weight}")
         merged: dict[str, Tensor] = {}
-        for path, linear in adapters.linears.items():
+        for path, module in adapters.adaptable.items():
             layers = [
-                (linear.adapter.layers[name], weight)
+                (module.adapter.layers[name], weight)
                 for name, weight in weights.items()
-                if linear.adapter and name in linear.adapter.layers
+                if module.adapter and name in module.adapter.layers
             ]
             if not layers:
                 continue
-            if isinstance(linear.weight.data, CompressedWeight):
-                raise MiniloraError(
-                    f"{path}.weight is stored compressed: load the model with dtype='float32' to merge into it"
-                )
-            base: Array = linear.weight.data
+            base = _array(module.weight, f"{path}.weight")
             wide = compute_dtype(base.dtype)
             dense = total = cast(base, wide)
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
                 for layer, weight in layers:
                     total = total + layer.delta(dense) * wide.type(weight)
-                result = cast(total, base.dtype)
-            xp = array_module(result)
-            if not bool(xp.isfinite(cast(result, wide)).all()):
-                raise MiniloraError(
-                    f"merging would put a non-finite value into {path}.weight ({base.dtype}): nothing was merged"
-                )
-            merged[path] = Tensor(result, requires_grad=linear.weight.requires_grad)
-        for path, weight_tensor in merged.items():
-            linear = adapters.linears[path]
-            self.kept[path] = linear.weight
-            linear.weight = weight_tensor
+            merged[f"{path}.weight"] = _rounded(total, module.weight, f"{path}.weight")
+        for own in (own for name in weights for own in adapters.own[name].values()):
+            base_tensor = getattr(own.module, own.attribute)
+            _array(base_tensor, own.parameter)
+            merged[own.parameter] = _rounded(own.tensor.data, base_tensor, own.parameter)
+        modules = dict(adapters.network.named_modules())
+        for name, tensor in merged.items():
+            path, _, attribute = name.rpartition(".")
+            self.kept[name] = getattr(modules[path], attribute)
+            setattr(modules[path], attribute, tensor)
 
     def unmerge(self, adapters: Adapters) -> None:
         """Put the original weights back, bit for bit."""
         if not self.active:
             raise MiniloraError("no adapter is merged: merge_adapter(name) comes before unmerge_adapter()")
-        for path, weight in self.kept.items():
-            adapters.linears[path].weight = weight
+        modules = dict(adapters.network.named_modules())
+        for name, tensor in self.kept.items():
+            path, _, attribute = name.rpartition(".")
+            setattr(modules[path], attribute, tensor)
         self.kept = {}
+
+
+def _array(base: Tensor, name: str) -> Array:
+    """The parameter's array; MiniloraError for a compressed one."""
+    if isinstance(base.data, CompressedWeight):
+        raise MiniloraError(f"{name} is stored compressed: load the model with dtype='float32' to merge into it")
+    return base.data
+
+
+def _rounded(value: Array, base: Tensor, name: str) -> Tensor:
+    """A new Tensor for the base's, in its dtype; MiniloraError for a value that is not finite there."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = cast(value, base.dtype)
+    if not bool(array_module(result).isfinite(cast(result, compute_dtype(base.dtype))).all()):
+        raise MiniloraError(f"merging would put a non-finite value into {name} ({base.dtype}): nothing was merged")
+    return Tensor(result.copy() if result is value else result, requires_grad=base.requires_grad)

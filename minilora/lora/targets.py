@@ -1,10 +1,12 @@
-"""Which layers an adapter goes to: PEFT's matching rules, where a pattern without a match is an error."""
+"""Which layers an adapter goes to, and which modules it trains whole: PEFT's matching rules, where a pattern without a
+match is an error.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import MiniloraError
@@ -12,6 +14,7 @@ from .config import LoraConfig
 
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"  # the one linear layer that "all-linear" leaves out
+LAYER = "linear layer or embedding"
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -19,7 +22,7 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
-def selected(names: Sequence[str], patterns: str | Iterable[str], field: str, kind: str = "linear layer") -> list[str]:
+def selected(names: Sequence[str], patterns: str | Iterable[str], field: str, kind: str = LAYER) -> list[str]:
     """The names that a list (by suffix) or a string (a regular expression for all of it) selects, in their order.
 
     Raises MiniloraError for a pattern that selects none; `field` and `kind` say in it what was asked for, of what.
@@ -29,7 +32,7 @@ def selected(names: Sequence[str], patterns: str | Iterable[str], field: str, ki
         whole = isinstance(patterns, str)
         hits = {name for name in names if (_fullmatch(pattern, name, field) if whole else matches(name, pattern))}
         if not hits:
-            raise MiniloraError(f"{field} {pattern!r} matches no {kind}; {_examples(names, pattern, kind)}")
+            raise MiniloraError(f"{field} {pattern!r} matches no {kind}; {_examples(names, pattern)}")
         found |= hits
     return [name for name in names if name in found]
 
@@ -41,11 +44,11 @@ def _fullmatch(pattern: str, name: str, field: str) -> bool:
         raise MiniloraError(f"{field} {pattern!r} is not a regular expression: {error}") from None
 
 
-def _examples(names: Sequence[str], pattern: str, kind: str = "linear layer") -> str:
+def _examples(names: Sequence[str], pattern: str) -> str:
     endings = sorted({re.search(r"[^.]*(\.(weight|bias))?$", name)[0] for name in names})  # type: ignore[index]
     close = difflib.get_close_matches(pattern, endings, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}the model's {kind}s end in {', '.join(endings)}"
+    return f"{hint}the model's names end in {', '.join(endings)}"
 
 
 def layer_number(name: str) -> int | None:
@@ -53,18 +56,25 @@ def layer_number(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def target_names(names: Sequence[str], config: LoraConfig) -> list[str]:
-    """The modules, among a model's linear layers in order, that `config` adapts.
+def target_names(
+    names: Sequence[str], config: LoraConfig, embeddings: Collection[str] = (), saved: Collection[str] = ()
+) -> list[str]:
+    """The modules, among a model's linear layers and embeddings in order, that `config` adapts.
 
+    embeddings: those that "all-linear" leaves out, like the head. saved: modules that are trained whole, which wins.
+    A module that target_modules gives in full is adapted whatever layers_to_transform says, as in PEFT.
     Raises MiniloraError if a pattern of target_modules, exclude_modules or layers_to_transform matches nothing, or
     nothing is left.
     """
-    if config.target_modules == ALL_LINEAR:
-        chosen = {name for name in names if not matches(name, HEAD)}
+    targets, in_full = config.target_modules, set()
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        chosen = {name for name in names if not matches(name, HEAD) and name not in embeddings}
     else:
-        chosen = set(selected(names, config.target_modules, "target_modules"))
+        chosen = set(selected(names, targets, "target_modules"))
+        in_full = chosen.intersection([] if isinstance(targets, str) else targets)
     if config.exclude_modules:
         chosen -= set(selected(names, config.exclude_modules, "exclude_modules"))
+    chosen -= set(saved)
     if config.layers_to_transform is not None:
         wanted = set(config.layers_to_transform)
         missing = wanted - {layer_number(name) for name in chosen}
@@ -74,18 +84,39 @@ def target_names(names: Sequence[str], config: LoraConfig) -> list[str]:
             raise MiniloraError(
                 f"layers_to_transform has {min(missing)}, which no targeted layer is in (layers: {span})"
             )
-        chosen = {name for name in chosen if layer_number(name) in wanted}
+        chosen = {name for name in chosen if layer_number(name) in wanted or name in in_full}
     if not chosen:
+        less = "the exclusions and modules_to_save" if saved else "the exclusions"
         raise MiniloraError(
-            f"no linear layer is left to adapt: target_modules {config.target_modules!r} less the exclusions is empty"
+            f"no {LAYER} is left to adapt: target_modules {config.target_modules!r} less {less} is empty"
         )
     return [name for name in names if name in chosen]
 
 
-def shortest_patterns(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Names that select just `adapted` among `names`: a last part where all modules that end so are, else in full."""
-    left_out = {name.rpartition(".")[2] for name in set(names) - set(adapted)}
-    return sorted({name if (last := name.rpartition(".")[2]) in left_out else last for name in adapted})
+def saved_names(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
+    """The modules that modules_to_save names, and all below them, among those of a model: "norm" is every module whose
+    name ends so ("input_layernorm" too, as in PEFT), "mlp" is each MLP with its layers.
+
+    Raises MiniloraError for a pattern that matches nothing.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in names if pattern and name.endswith(pattern)]
+        if not hits:
+            raise MiniloraError(f"modules_to_save {pattern!r} matches no module; {_examples(names, pattern)}")
+        found.update(name for name in names if any(f"{name}.".startswith(f"{hit}.") for hit in hits))
+    return [name for name in names if name in found]
+
+
+def shortest_patterns(adapted: Sequence[str], names: Sequence[str], by_layer: bool = False) -> list[str]:
+    """Names that select just `adapted` among `names`: a last part where all modules that end so are, else in full.
+
+    by_layer: layers_to_transform is written beside them, which modules outside the layers need their full names for.
+    """
+    in_full = {name.rpartition(".")[2] for name in set(names) - set(adapted)}
+    if by_layer:
+        in_full |= {name.rpartition(".")[2] for name in adapted if layer_number(name) is None}
+    return sorted({name if (last := name.rpartition(".")[2]) in in_full else last for name in adapted})
 
 
 def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:

@@ -131,7 +131,7 @@ def test_training_goes_on_from_an_adapter(base, data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "status", "message"),
     [
-        (["--targets", "q_prj"], 1, "error: target_modules 'q_prj' matches no linear layer; did you mean 'q_proj'"),
+        (["--targets", "q_prj"], 1, "error: target_modules 'q_prj' matches no linear layer or embedding; did you mean 'q_proj'"),
         (["--targets", "(q"], 1, "is not a regular expression"),
         (["--rank", "0"], 1, "r is 0"),
         (["--lr", "0"], 1, "lr is 0.0, expected a number above 0"),

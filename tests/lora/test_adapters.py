@@ -97,7 +97,7 @@ def test_removing_one_of_several_selected_leaves_the_bare_base(model, chosen):
         (lambda m: m.merge_adapter({"a": float("inf")}), "weight of adapter 'a' is inf"),
         (lambda m: m.merge_adapter({}), "found no adapter to merge"),
         (lambda m: m.unfreeze("(("), r"unfreeze '\(\(' is not a regular expression"),
-        (lambda m: m.unfreeze("nowhere"), "unfreeze 'nowhere' matches no parameter; the model's parameters end in"),
+        (lambda m: m.unfreeze("nowhere"), "unfreeze 'nowhere' matches no parameter; the model's names end in"),
         (lambda m: m.unfreeze(["norm.weight", "q_pro.weight"]), "'q_pro.weight' .* did you mean 'q_proj.weight'"),
         (lambda m: m.logits([[3, 4], [5]]), "rows of tokens differ in length"),
         (lambda m: m.loss([[3, 4], [5, 6]], labels=[[3], [5, 6]]), "rows of labels differ in length"),

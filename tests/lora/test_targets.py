@@ -56,22 +56,26 @@ def test_layers_are_chosen_by_their_number():
         "model.layers.1.self_attn.q_proj",
         "model.layers.11.self_attn.q_proj",
     ]
-    assert targets(target_modules=["lm_head", "q_proj"], layers_to_transform=[0]) == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_module_that_is_named_in_full_is_adapted_whatever_the_layers():
+    chosen = targets(target_modules=["lm_head", "q_proj"], layers_to_transform=[0])
+    assert chosen == ["model.layers.0.self_attn.q_proj", "lm_head"]
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"target_modules": ["q_prj"]}, r"target_modules 'q_prj' matches no linear layer; did you mean 'q_proj'\?"),
         (
-            {"target_modules": ["q_proj", "query"]},
-            "'query' matches no linear layer; .*the model's linear layers end in",
+            {"target_modules": ["q_prj"]},
+            r"target_modules 'q_prj' matches no linear layer or embedding; did you mean 'q_proj'\?",
         ),
-        ({"target_modules": []}, "no linear layer is left to adapt"),
+        ({"target_modules": ["q_proj", "query"]}, "'query' matches no linear layer .*the model's names end in"),
+        ({"target_modules": []}, "no linear layer or embedding is left to adapt"),
         ({"target_modules": "model.layers.*.q"}, "target_modules 'model.layers.*.q' matches no linear layer"),
         ({"target_modules": "("}, r"target_modules '\(' is not a regular expression"),
-        ({"exclude_modules": ["q_prj"]}, "exclude_modules 'q_prj' matches no linear layer; did you mean 'q_proj'"),
-        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no linear layer is left to adapt"),
+        ({"exclude_modules": ["q_prj"]}, "exclude_modules 'q_prj' matches no linear layer .*did you mean 'q_proj'"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no linear layer or embedding is left to adapt"),
         ({"layers_to_transform": [3, 12]}, r"layers_to_transform has 12, .*\(layers: 0 to 11\)"),
         ({"target_modules": ["lm_head"], "layers_to_transform": [0]}, "layers_to_transform has 0"),
     ],
