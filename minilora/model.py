@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +120,7 @@ class Model:
         self.generation_config = generation_config or {}
         self._adapters = Adapters(network)
         self._merge = Merge()
-        self.training_pass = 0  # passes with gradients so far: each draws its own dropout masks; a resumed run sets it
+        self._training_passes: Counter[str] = Counter()  # passes with gradients so far, by adapter
 
     @property
     def config(self) -> ModelConfig:
@@ -141,6 +143,19 @@ class Model:
     @checkpoint.setter
     def checkpoint(self, value: bool) -> None:
         self.network.checkpoint = value
+
+    @property
+    def training_pass(self) -> int:
+        """How many passes with gradients the selected adapters have had: what dropout masks are drawn from.
+
+        Setting it (as a resumed run does) sets it for all of them.
+        """
+        return max((self._training_passes[name] for name in self.active_adapters), default=0)
+
+    @training_pass.setter
+    def training_pass(self, number: int) -> None:
+        for name in self.active_adapters:
+            self._training_passes[name] = number
 
     def to(self, device: str) -> Model:
         """Move all weights and adapters to the device, in place; returns the model."""
@@ -186,10 +201,26 @@ class Model:
         With set_adapter(rows=...) each adapter's sum is divided by its own count (normaliser: a dict by adapter name)
         and rows of the bare base are left out. Raises MiniloraError for a batch without a label.
         """
+        first, *others = self.losses(tokens, labels, segments, normaliser).values()
+        return reduce(add, others, first)
+
+    def losses(
+        self,
+        tokens: Any,
+        labels: Any = None,
+        segments: Any = None,
+        normaliser: float | Mapping[str, float] | None = None,
+    ) -> dict[str, Tensor]:
+        """The terms of `loss`: with set_adapter(rows=...) each adapter's own by its name, else one under "".
+
+        An adapter without a label in this batch has none. Backward goes through their sum, once.
+        """
         tokens, targets, segments = self._checked(tokens, labels, segments)
         weights = self._loss_weights(targets, normaliser)
-        self._set_dropout(is_recording())
-        return self.network.loss_sum(tokens, np.where(weights > 0, targets, IGNORED), weights, segments)
+        owned = {name: mine for name, mine in self._labelled(targets).items() if mine.any()}
+        self._set_dropout(is_recording(), owned)
+        own_targets = {name: np.where(mine, targets, IGNORED) for name, mine in owned.items()}
+        return self.network.loss_sums(tokens, own_targets, weights, segments)
 
     def label_count(self, tokens: Any, labels: Any = None, segments: Any = None) -> int | Counter[str]:
         """How many positions of this batch carry a loss; with set_adapter(rows=...), how many by adapter."""
@@ -257,11 +288,21 @@ class Model:
                 )
         return tokens, targets, segments
 
-    def _set_dropout(self, training: bool) -> None:
+    def _set_dropout(self, training: bool, labelled: Iterable[str] = ()) -> None:
+        """Let the next pass draw dropout masks, or none. labelled: with rows, the adapters with a label in the batch.
+
+        Only their counts move on, so that each draws the masks that it would draw in a run of its own.
+        """
         selection = self._adapters.selection
-        self.training_pass += training
-        number = self.training_pass if training else None
-        self._adapters.state.selection = replace(selection, dropout_pass=number)
+        if training and selection.rows is not None:
+            self._training_passes.update(list(labelled))
+        elif training:
+            self.training_pass += 1
+        self._adapters.state.selection = replace(
+            selection,
+            dropout_pass=self.training_pass if training else None,
+            row_passes=None if selection.rows is None else self._training_passes.copy(),
+        )
 
     def generate(
         self,
@@ -335,6 +376,7 @@ class Model:
     def delete_adapter(self, name: str) -> None:
         """Remove adapter `name`; if it was selected, the bare base is."""
         self._adapters.remove(name)
+        self._training_passes.pop(name, None)
 
     def adapter_parameters(self, name: str) -> dict[str, Tensor]:
         """Adapter `name`'s Tensors by PEFT key."""

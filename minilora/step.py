@@ -6,7 +6,7 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -20,11 +20,14 @@ from .optim import AdamW, clip_grad_norm, global_norm
 
 
 class MicroBatch(NamedTuple):
-    """What one pass sees: tokens (B, T), labels (B, T) or None for the tokens, segments (B, T) or None."""
+    """What one pass sees: tokens (B, T), labels (B, T) or None for the tokens, segments (B, T) or None; rows: the
+    adapter of each row, for set_adapter(rows=...), or None to leave the selection as it is.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray | None = None
     segments: np.ndarray | None = None
+    rows: Sequence[str | None] | None = None
 
 
 class TrainStep:
@@ -34,49 +37,120 @@ class TrainStep:
     waits.
     max_grad_norm: clip the gradients' global norm to it (None: no clipping). grad_norm: the norm before clipping, after
     a step.
+
+    Many adapters at once, one pass over the frozen weights for all of them:
+
+        step = TrainStep(model, {"a": AdamW(model.adapter_parameters("a")), "b": AdamW(model.adapter_parameters("b"))})
+        losses = step(tokens, labels, rows=["a", "b", "b"])    # {"a": its loss, "b": its loss}
+
+    Each adapter then trains as in a run of its own on its own rows: the mean over its own label tokens, its own clipping
+    (max_grad_norm may be a dict, too), its own Adam step, its own dropout masks. One that has no label in a step takes
+    none. Losses and grad_norm are dicts by adapter.
     """
 
-    def __init__(self, model: Any, optimiser: AdamW, max_grad_norm: float | None = None) -> None:
-        self.model, self.optimiser, self.max_grad_norm = model, optimiser, max_grad_norm
-        self.grad_norm: Array | None = None
+    def __init__(
+        self,
+        model: Any,
+        optimiser: AdamW | Mapping[str, AdamW],
+        max_grad_norm: float | Mapping[str, float | None] | None = None,
+    ) -> None:
+        self.model, self.optimiser = model, optimiser
+        self.by_adapter = isinstance(optimiser, Mapping)
+        self.optimisers = dict(optimiser) if isinstance(optimiser, Mapping) else {"": optimiser}
+        if self.by_adapter:
+            check_optimisers(model, self.optimisers)
+        given = max_grad_norm if isinstance(max_grad_norm, Mapping) else dict.fromkeys(self.optimisers, max_grad_norm)
+        if unknown := set(given) - set(self.optimisers):
+            raise MiniloraError(f"max_grad_norm names {min(unknown)!r}, which no optimiser belongs to")
+        self.max_grad_norm = given
+        self.grad_norm: Any = None
+        self.trained: list[str] = []  # the optimisers that step next
 
     def __call__(
-        self, tokens: np.ndarray, labels: np.ndarray | None = None, segments: np.ndarray | None = None
-    ) -> Array:
-        loss = self.gradients([MicroBatch(tokens, labels, segments)])
+        self,
+        tokens: np.ndarray,
+        labels: np.ndarray | None = None,
+        segments: np.ndarray | None = None,
+        rows: Sequence[str | None] | None = None,
+    ) -> Any:
+        loss = self.gradients([MicroBatch(tokens, labels, segments, rows)])
         self.update()
         return loss
 
-    def gradients(self, batches: Iterable[MicroBatch | Sequence[Any]]) -> Array:
+    def gradients(self, batches: Iterable[MicroBatch | Sequence[Any]]) -> Any:
         """Set `.grad` to the gradient of the mean loss over all label tokens of all micro-batches; return that loss.
 
         Each micro-batch's sum is divided by the total count of label tokens: a mean of means would weigh tokens
-        unequally. With set_adapter(rows=...) each adapter's sum is divided by the adapter's own total.
+        unequally. With rows each adapter's sum is divided by the adapter's own total.
         """
         batches = [MicroBatch(*batch) for batch in batches]
-        counts = [self.model.label_count(*batch) for batch in batches]
+        counts = [self._count(batch) for batch in batches]
         total = reduce(add, counts) if counts else 0
         if not total:
             raise MiniloraError(NO_LABEL)
-        self.optimiser.zero_grad()
-        loss: Array | None = None
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad()
+        losses: dict[str, Array] = {}
         for batch, count in zip(batches, counts, strict=True):
-            if count:
-                part = self.model.loss(*batch, normaliser=total)
-                part.backward()
-                loss = part.data if loss is None else loss + part.data
-        assert loss is not None
-        return loss
+            if not count:
+                continue
+            self._select(batch)
+            parts = self.model.losses(*batch[:3], normaliser=total)
+            reduce(add, parts.values()).backward()
+            for name, part in parts.items():
+                losses[name] = losses[name] + part.data if name in losses else part.data
+        self._forget_gradients_of_nothing(batches, losses)
+        self.trained = list(losses) if self.by_adapter else list(self.optimisers)
+        return losses if self.by_adapter else reduce(add, losses.values())
 
     def update(self) -> None:
         """Clip the gradients, if asked to, and let the optimiser take its step."""
         self.clip()
-        self.optimiser.step()
+        for name in self.trained:
+            self.optimisers[name].step()
 
-    def clip(self) -> Array:
-        """The gradients' global norm, a 0-d array, after which they are clipped, to be looked at before the update."""
-        if self.max_grad_norm is not None:
-            self.grad_norm = clip_grad_norm(self.optimiser.parameters, self.max_grad_norm)
-        else:
-            self.grad_norm = global_norm(self.optimiser.parameters)
+    def clip(self) -> Any:
+        """The gradients' global norm, a 0-d array (a dict of them by adapter), after which they are clipped."""
+        norms = {}
+        for name in self.trained:
+            parameters, limit = self.optimisers[name].parameters, self.max_grad_norm.get(name)
+            norms[name] = global_norm(parameters) if limit is None else clip_grad_norm(parameters, limit)
+        self.grad_norm = norms if self.by_adapter else norms[""]
         return self.grad_norm
+
+    def _select(self, batch: MicroBatch) -> None:
+        if batch.rows is not None:
+            self.model.set_adapter(rows=batch.rows)
+
+    def _count(self, batch: MicroBatch) -> Any:
+        """The label tokens of a micro-batch, by adapter where its rows have their own."""
+        self._select(batch)
+        count = self.model.label_count(*batch[:3])
+        if self.by_adapter:
+            if not isinstance(count, Mapping):
+                raise MiniloraError("found one adapter for all rows and an optimiser for each, expected rows=[...]")
+            for name in count:
+                if name not in self.optimisers:
+                    have = ", ".join(map(repr, self.optimisers))
+                    raise MiniloraError(f"rows names the adapter {name!r}, and optimisers were given for {have}")
+        return count
+
+    def _forget_gradients_of_nothing(self, batches: Iterable[MicroBatch], losses: Mapping[str, Array]) -> None:
+        """An adapter whose rows carry no label got zeros, which Adam would take for a gradient and step on."""
+        for name in {name for batch in batches for name in batch.rows or () if name is not None} - set(losses):
+            for parameter in self.model.adapter_parameters(name).values():
+                parameter.grad = None
+
+
+def check_optimisers(model: Any, optimisers: Mapping[str, AdamW]) -> None:
+    """MiniloraError unless each optimiser has parameters of the adapter that it stands under, and of no other."""
+    if not optimisers:
+        raise MiniloraError("found no optimiser, expected one for each adapter: {name: AdamW(...)}")
+    for name, optimiser in optimisers.items():
+        own = {id(parameter) for parameter in model.adapter_parameters(name).values()}
+        for key, parameter in optimiser.parameters.items():
+            if id(parameter) not in own:
+                raise MiniloraError(
+                    f"the optimiser of adapter {name!r} has {key}, which is no parameter of that adapter: "
+                    f"make it with AdamW(model.adapter_parameters({name!r}))"
+                )

@@ -6,9 +6,9 @@ Axes: B batch, T time, in and out the layer's widths, r rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,18 +26,21 @@ class Selection:
 
     weights: (name, weight) pairs; empty: the bare base. rows: an adapter's name or None for each row, instead of
     weights.
-    dropout_pass: the number that this pass's dropout masks are drawn from; None: no dropout (evaluation).
+    dropout_pass: the number that this pass's dropout masks are drawn from; None: no dropout (evaluation). row_passes:
+    with rows, each adapter's own number, so that its masks are those of a run of its own.
     part: sets the masks of one part of the pass apart from another's, where a layer is called on its rows in parts.
     """
 
     weights: tuple[tuple[str, float], ...] = ()
     rows: tuple[str | None, ...] | None = None
     dropout_pass: int | None = None
+    row_passes: Mapping[str, int] | None = None
     part: int = 0
 
-    def at_rows(self, index: np.ndarray, part: int) -> Selection:
-        """The selection for a part of the pass that is made of these rows of this batch, repeated as they come."""
-        return replace(self, rows=self.rows and tuple(self.rows[row] for row in index), part=part)
+    def of(self, name: str) -> Selection:
+        """The selection for those rows of the batch that are adapter `name`'s."""
+        number = self.dropout_pass if self.dropout_pass is None or self.row_passes is None else self.row_passes[name]
+        return Selection(((name, 1.0),), dropout_pass=number, part=self.part)
 
 
 class LoraLayer:
@@ -164,6 +167,6 @@ class AdapterSlot:
                 mine = np.array([row for row, owner in enumerate(selection.rows) if owner == name])
                 index = to_device(mine, x.device)
                 layer, own = self.layers[name], ops.select_rows(x, index=index)
-                update = layer.update(linear, own, self._dropped(layer, own, selection), 1.0)
+                update = layer.update(linear, own, self._dropped(layer, own, selection.of(name)), 1.0)
                 y = ops.add_rows(y, update, index=index)
         return y

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -136,37 +137,47 @@ class CausalLM(Module):
         x = self.hidden(tokens, segments, cache)
         return self.lm_head(self.final_norm(x[:, -1:] if last else x))
 
-    def loss_sum(
-        self, tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray, segments: np.ndarray | None = None
-    ) -> Tensor:
-        """Σ weight · cross-entropy over the positions whose target is not IGNORED; targets and weights (B, T).
+    def loss_sums(
+        self,
+        tokens: np.ndarray,
+        targets: Mapping[str, np.ndarray],
+        weights: np.ndarray,
+        segments: np.ndarray | None = None,
+    ) -> dict[str, Tensor]:
+        """Σ weight · cross-entropy over the positions whose target is not IGNORED; weights (B, T).
 
-        The final norm and the head run on those M positions only, the head in chunks: no (M, V) array is held.
+        targets: those of each adapter's rows by its name where they are selected by row, else all under ""; (B, T)
+        each. The final norm and the head run on those M positions only, the head in chunks: no (M, V) array is held.
         """
         x = self.hidden(tokens, segments)
-        index = np.flatnonzero(targets.reshape(-1) != IGNORED)
         x = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (B T, D)
+        selection = self.adapter_state.selection
+        return {
+            name: self._loss_sum(x, own.reshape(-1), weights.reshape(-1), selection.of(name) if name else selection)
+            for name, own in targets.items()
+        }
+
+    def _loss_sum(self, x: Tensor, targets: np.ndarray, weights: np.ndarray, selection: Any) -> Tensor:
+        """The sum under one selection of adapters: x (B T, D), targets and weights (B T,)."""
+        index = np.flatnonzero(targets != IGNORED)
         if len(index) < len(x):
             x = ops.select_rows(x, index=to_device(index, self.device))  # -> (M, D)
-        x = self.final_norm(x)
-        labels = to_device(targets.reshape(-1)[index], self.device)
-        weight = to_device(weights.reshape(-1)[index].astype(self.dtype), self.device)
-        if self.lm_head.adapter is None and self.lm_head.bias is None:
-            return ops.linear_cross_entropy(x, self.lm_head.weight, labels=labels, weights=weight)
-        return self._loss_through_head(x, labels, weight, batch_rows=index // tokens.shape[1])
+        labels = to_device(targets[index], self.device)
+        weight = to_device(weights[index].astype(self.dtype), self.device)
+        with self.adapter_state.using(selection):
+            x = self.final_norm(x)
+            head = self.lm_head
+            if head.adapter is None and head.bias is None:
+                return ops.linear_cross_entropy(x, head.weight, labels=labels, weights=weight)
+            return self._loss_through_head(x, labels, weight, selection)
 
-    def _loss_through_head(self, x: Tensor, labels: Array, weights: Array, batch_rows: np.ndarray) -> Tensor:
-        """The same sum for a head with an adapter or a bias: chunks of its logits, made again in backward.
-
-        batch_rows (M,): the row of the batch that each position stands in, for adapters that are selected by row.
-        """
+    def _loss_through_head(self, x: Tensor, labels: Array, weights: Array, selection: Any) -> Tensor:
+        """The same sum for a head with an adapter or a bias: chunks of its logits, made again in backward."""
         chunk = max(1, ops.loss.CHUNK_ENTRIES // self.lm_head.out_features)
-        selection = self.adapter_state.selection
         total: Tensor | float = 0.0
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-            chosen = selection and selection.at_rows(batch_rows[part], start)
-            piece = partial(self._loss_of_chunk, chosen, labels[part], weights[part])
+            piece = partial(self._loss_of_chunk, replace(selection, part=start), labels[part], weights[part])
             total = checkpoint(piece, x[part], parameters=self.lm_head.trained()) + total
         return total if isinstance(total, Tensor) else Tensor(array_module(x.data).zeros((), self.dtype))
 
