@@ -13,6 +13,7 @@ import typer
 
 from .console import bytes_text, print_json, print_table
 from .options import Json
+from .spectrum import show as show_spectrum
 
 if TYPE_CHECKING:
     from ..formats.checkpoint import TensorEntry
@@ -39,12 +40,33 @@ def command(
     all_layers: Annotated[
         bool, typer.Option("--all", help="A line for each tensor, instead of one for all layers' tensors of a kind.")
     ] = False,
+    spectrum: Annotated[
+        bool,
+        typer.Option(
+            "--spectrum", help="Of an adapter: each ΔW's singular values, effective rank, and what comes below."
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="With --spectrum: the adapter's base, for ‖ΔW‖/‖W‖ and the amplification factor."),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="With --spectrum: another adapter, for the similarity of the two subspaces in each layer."),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="With --spectrum: draw it into this PNG file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a model, an adapter or a GGUF file holds: shapes, dtypes, sizes, ranks, norms.
 
-    Of each layer that an adapter changes it shows rank, scale and ‖ΔW‖_F.
+    Of each layer that an adapter changes it shows rank, scale and ‖ΔW‖_F; with --spectrum what its training found.
     """
+    if spectrum:
+        show_spectrum(Path(name).expanduser(), model, against, png, as_json)
+        return
+    for option, value in (("--model", model), ("--against", against), ("--png", png)):
+        if value is not None:
+            raise typer.BadParameter("expected --spectrum with it", param_hint=option)
     from ..formats.checkpoint import find_model
     from ..formats.listing import list_tensors
 
