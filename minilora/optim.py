@@ -29,6 +29,7 @@ class AdamW:
         w ← w − lr · m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + ε)
     parameters: a dict or an iterable of Tensors. A Tensor without a gradient is left alone, its step count too. m and v
     are made at a Tensor's first step, with its dtype and on its device.
+    lr_scale: {name: factor} of parameters whose learning rate is that many times lr, as torch's parameter groups.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        lr_scale: Mapping[str, float] | None = None,
     ) -> None:
         self.parameters = {name: parameter for name, parameter in named(parameters).items() if parameter.requires_grad}
         if not self.parameters:
@@ -50,6 +52,12 @@ class AdamW:
                 "lr ≥ 0, 0 ≤ beta < 1, eps > 0, weight_decay ≥ 0"
             )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.lr_scale = dict(lr_scale or {})
+        for name, factor in self.lr_scale.items():
+            if name not in self.parameters or not 0 <= factor < math.inf:
+                raise MiniloraError(
+                    f"lr_scale has {name!r}: {factor}, expected a trained parameter's name and a factor of at least 0"
+                )
         self.steps: dict[str, int] = dict.fromkeys(self.parameters, 0)
         self.moments: dict[str, tuple[Array, Array]] = {}
 
@@ -64,12 +72,13 @@ class AdamW:
             m, v = (to_device(moment, parameter.device) for moment in self.moments[name])  # a copy after model.to only
             self.moments[name] = (m, v)
             self.steps[name] += 1
-            self._update(parameter.data, parameter.grad, m, v, self.steps[name])
+            lr = self.lr * self.lr_scale.get(name, 1.0)
+            self._update(parameter.data, parameter.grad, m, v, self.steps[name], lr)
 
-    def _update(self, w: Array, g: Array, m: Array, v: Array, t: int) -> None:
+    def _update(self, w: Array, g: Array, m: Array, v: Array, t: int, lr: float) -> None:
         beta1, beta2 = self.betas
         if self.weight_decay:
-            w *= 1 - self.lr * self.weight_decay
+            w *= 1 - lr * self.weight_decay
         m *= beta1
         m += (1 - beta1) * g
         v *= beta2
@@ -77,7 +86,7 @@ class AdamW:
         denominator = array_module(w).sqrt(v)
         denominator *= 1 / math.sqrt(1 - beta2**t)
         denominator += self.eps
-        w -= (self.lr / (1 - beta1**t)) * (m / denominator)
+        w -= (lr / (1 - beta1**t)) * (m / denominator)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -118,12 +127,13 @@ class Adam(AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        lr_scale: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(parameters, lr, betas, eps, weight_decay)
+        super().__init__(parameters, lr, betas, eps, weight_decay, lr_scale)
         self.l2, self.weight_decay = weight_decay, 0.0
 
-    def _update(self, w: Array, g: Array, m: Array, v: Array, t: int) -> None:
-        super()._update(w, g + self.l2 * w if self.l2 else g, m, v, t)
+    def _update(self, w: Array, g: Array, m: Array, v: Array, t: int, lr: float) -> None:
+        super()._update(w, g + self.l2 * w if self.l2 else g, m, v, t, lr)
 
 
 def global_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> Array:

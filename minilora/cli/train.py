@@ -57,7 +57,28 @@ def command(
         bool | None, _option("--rslora/--no-rslora", help="Scale s = alpha / √rank instead. Default: no.")
     ] = None,
     init: Annotated[
-        str | None, _option(help=f"How A starts: kaiming or gaussian; B is 0. Default: {_lora.init}.")
+    dora: Annotated[
+        bool | None, _option("--dora/--no-dora", help="Train each output's magnitude apart (DoRA). Default: no.")
+    ] = None,
+    variant: Annotated[
+        str | None, _option(help=f"Another variant of LoRA: lora_fa trains B only. Default: {_lora.variant}.")
+    ] = None,
+        str | None,
+        _option(
+            help="How A starts, with B = 0: kaiming or gaussian; or pissa, both from the largest singular values of W "
+            f"(pissa_niter_4: found by 4 power iterations, much sooner). Default: {_lora.init}."
+        ),
+    ] = None,
+    modules_to_save: Annotated[
+        str | None,
+        _option(
+            help="Modules to train whole beside the adapters, in copies of their own: endings of names separated by "
+            "commas, such as lm_head,model.norm. Default: none."
+        ),
+    ] = None,
+    bias: Annotated[
+        str | None,
+        _option(help=f"Biases to train too: none, all, or lora_only (the adapted layers'). Default: {_lora.bias}."),
     ] = None,
     adapter: Annotated[
         Path | None, _option(help="Go on training this adapter (a PEFT directory) instead of a new one.")
@@ -71,6 +92,9 @@ def command(
     ] = None,
     lr: Annotated[float | None, _option(help=f"Learning rate. Default: {_run.lr:g}.")] = None,
     schedule: Annotated[
+    lora_plus_ratio: Annotated[
+        float | None, _option(help="B's learning rate is this many times --lr (LoRA+), e.g. 16. Default: the same.")
+    ] = None,
         str | None, _option(help=f"constant, linear or cosine, after the warm-up. Default: {_run.schedule}.")
     ] = None,
     warmup: Annotated[

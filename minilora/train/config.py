@@ -21,6 +21,7 @@ class TrainConfig:
     steps, epochs: optimiser steps, or passes over the data; one of them, or neither for one epoch.
     batch_size: rows of one forward pass. accumulate: forward passes per step, their label tokens weighing the same.
     lr, betas, eps, weight_decay: AdamW's. max_grad_norm: the gradients' global norm is clipped to it (None: not).
+    lora_plus_ratio: the learning rate of B, and of vectors, is this many times lr (LoRA+; None: the same).
     schedule: "constant", "linear" or "cosine", after a linear rise over `warmup`: a whole number of steps, or a
         fraction of all steps below 1.
     max_length: tokens of a row, longer ones are cut (None: 1024, or the model's context if that is shorter).
@@ -42,6 +43,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
+    lora_plus_ratio: float | None = None
     warmup: int | float = 0.03
     schedule: str = "cosine"
     max_length: int | None = None
@@ -71,6 +73,8 @@ class TrainConfig:
                 raise _bad(name, getattr(self, name), f"a number above 0, e.g. {hint}")
         if self.max_grad_norm is not None and (not _is_number(self.max_grad_norm) or self.max_grad_norm <= 0):
             raise _bad("max_grad_norm", self.max_grad_norm, "a number above 0, e.g. 1.0, or none")
+        if self.lora_plus_ratio is not None and (not _is_number(self.lora_plus_ratio) or self.lora_plus_ratio <= 0):
+            raise _bad("lora_plus_ratio", self.lora_plus_ratio, "a number above 0, e.g. 16, or none")
         if not _is_number(self.weight_decay) or self.weight_decay < 0:
             raise _bad("weight_decay", self.weight_decay, "0 or more, e.g. 0.01")
         if (

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ..backend import memory_bytes
 from ..data import Batch, Dataset, Example, batches
 from ..errors import MiniloraError
+from ..lora.variants.lora_plus import lora_plus
 from ..optim import AdamW, schedule
 from ..step import MicroBatch, TrainStep
 from ..tensor import no_grad
@@ -153,7 +154,8 @@ class _Run:
         self.total = config.steps if config.steps is not None else per_epoch * (epochs or 1)
         self.factor = schedule(config.schedule, self.total, config.warmup_steps(self.total))
         trained = model.parameters()
-        self.optimiser = AdamW(trained, config.lr, config.betas, config.eps, config.weight_decay)
+        scale = None if config.lora_plus_ratio is None else lora_plus(trained, config.lora_plus_ratio)
+        self.optimiser = AdamW(trained, config.lr, config.betas, config.eps, config.weight_decay, scale)
         self.step = TrainStep(model, self.optimiser, config.max_grad_norm)
         self.place = Place(data=data_checksum(examples.train))
         self.folder = None if config.out is None else folder_for(Path(config.out), model, trained)

@@ -1,7 +1,7 @@
 """Settings in a TOML file: what `--config` reads, and what a run leaves behind as minilora.toml, which reads back.
 
 Keys are the command line's long options (`batch_size` or `batch-size`), and some that only a file has: `betas`, `eps`,
-`layers` (numbers of the blocks to adapt), `rank_pattern`, `alpha_pattern` and `dora` (fields of `LoraConfig`).
+`layers` (numbers of the blocks to adapt), `rank_pattern` and `alpha_pattern` (fields of `LoraConfig`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ ADAPTER_KEYS = {  # the option, and the field of LoraConfig
     "rslora": "use_rslora",
     "dora": "use_dora",
     "init": "init",
+    "variant": "variant",
 }
 TRAIN_KEYS = tuple(field.name for field in fields(TrainConfig))
 KEYS = (*RUN_KEYS, *ADAPTER_KEYS, *TRAIN_KEYS)

@@ -140,7 +140,7 @@ def test_training_goes_on_from_an_adapter(base, data, tmp_path):
         (["--data", "no/such/file.jsonl"], 1, "no/such/file.jsonl"),
         (["--model", "no/such/model"], 1, "no/such/model"),
         (["--device", "tpu"], 1, "device is 'tpu'"),
-        (["--init", "pissa"], 1, "init is 'pissa'"),
+        (["--init", "random"], 1, "init is 'random'"),
         (["--config", "none.toml"], 1, "cannot read none.toml"),
         (["--warmup", "soon"], 2, "'soon' is no number"),
         (["--batchsize", "3"], 2, "No such option"),

@@ -720,7 +720,7 @@ OPTIMISER = [
     Mutant("optim.py", "v += (1 - beta2) * (g * g)", "v += (1 - beta2) * g", "Adam: g is not squared", OPTIM),
     Mutant("optim.py", "m *= beta1\n", "m *= beta2\n", "Adam: the wrong beta", OPTIM),
     Mutant("optim.py", "1 / math.sqrt(1 - beta2**t)", "1.0", "Adam: no bias correction of v", OPTIM),
-    Mutant("optim.py", "(self.lr / (1 - beta1**t))", "self.lr", "Adam: no bias correction of m", OPTIM),
+    Mutant("optim.py", "(lr / (1 - beta1**t))", "lr", "Adam: no bias correction of m", OPTIM),
     Mutant("optim.py", "denominator += self.eps", "denominator += 1e-8", "Adam: a fixed ε", OPTIM),
 ]
 
