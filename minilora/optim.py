@@ -20,6 +20,14 @@ def named(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tens
     return {str(index): parameter for index, parameter in enumerate(parameters)}
 
 
+many_arrays: list[Any] = []  # modules with the functions below over many arrays in one launch: GPU kernels add theirs
+
+
+def all_at_once(*arrays: Array) -> Any:
+    """The module that works on all of these arrays in one launch, or None where they are taken one after another."""
+    return many_arrays[-1] if many_arrays and arrays and many_arrays[-1].fused(*arrays) else None
+
+
 class AdamW:
     """Adam with decoupled weight decay (Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2), as
     torch.optim.AdamW.
@@ -58,11 +66,13 @@ class AdamW:
                 raise MiniloraError(
                     f"lr_scale has {name!r}: {factor}, expected a trained parameter's name and a factor of at least 0"
                 )
+        self.l2 = 0.0  # of `Adam`
         self.steps: dict[str, int] = dict.fromkeys(self.parameters, 0)
         self.moments: dict[str, tuple[Array, Array]] = {}
 
     def step(self) -> None:
         """Update every parameter that has a gradient, in place."""
+        due: list[tuple[Array, Array, Array, Array, int, float]] = []
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -73,7 +83,15 @@ class AdamW:
             self.moments[name] = (m, v)
             self.steps[name] += 1
             lr = self.lr * self.lr_scale.get(name, 1.0)
-            self._update(parameter.data, parameter.grad, m, v, self.steps[name], lr)
+            due.append((parameter.data, parameter.grad, m, v, self.steps[name], lr))
+        if together := all_at_once(*(array for arrays in due for array in arrays[:4])):
+            beta1, beta2 = self.betas
+            rates = [(lr, lr / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)) for *_, t, lr in due]
+            ws, gs, ms, vs = ([arrays[position] for arrays in due] for position in range(4))
+            together.adamw(ws, gs, ms, vs, np.array(rates), self.betas, self.eps, self.weight_decay, self.l2)
+            return
+        for w, g, m, v, t, lr in due:
+            self._update(w, g, m, v, t, lr)
 
     def _update(self, w: Array, g: Array, m: Array, v: Array, t: int, lr: float) -> None:
         beta1, beta2 = self.betas
@@ -138,11 +156,13 @@ class Adam(AdamW):
 
 def global_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> Array:
     """√(Σ g²) over all gradients, as a 0-d float64 array on their device (reading it on a GPU waits for it)."""
+    grads = [parameter.grad for parameter in named(parameters).values() if parameter.grad is not None]
+    if together := all_at_once(*grads):
+        return together.norm(grads)
     total: Any = np.zeros(())
-    for parameter in named(parameters).values():
-        if parameter.grad is not None:
-            xp = array_module(parameter.grad)
-            total = xp.square(parameter.grad).sum(dtype=np.float64) + xp.asarray(total)
+    for grad in grads:
+        xp = array_module(grad)
+        total = xp.square(grad).sum(dtype=np.float64) + xp.asarray(total)
     return array_module(total).sqrt(total)
 
 
@@ -150,6 +170,9 @@ def clip_grad_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor], max_norm
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)); the global norm before that (Pascanu et al. 2013)."""
     parameters = named(parameters)
     norm = global_norm(parameters)
+    if together := all_at_once(*(parameter.grad for parameter in parameters.values() if parameter.grad is not None)):
+        together.clip([parameter.grad for parameter in parameters.values() if parameter.grad is not None], norm, max_norm)
+        return norm
     factor = array_module(norm).minimum(1.0, max_norm / (norm + 1e-6))
     for parameter in parameters.values():
         if parameter.grad is not None:

@@ -1,0 +1,56 @@
+"""Cross-entropy through the head, a chunk of tokens at a time. What it computes: ops/loss.py; the kernel: loss.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+import numpy as np
+
+from ... import ops
+from ...backend import Array
+from .gemm import gemm
+from .source import C_NAMES, function
+
+CHUNK_ENTRIES = 1 << 25  # logits held at a time: 128 MiB in float32
+THREADS = 1024
+
+
+def applies(x: Array, weight: Any, *, labels: Array, weights: Array) -> bool:
+    return (
+        isinstance(x, cupy.ndarray)
+        and isinstance(weight, cupy.ndarray)
+        and x.dtype == weight.dtype
+        and x.dtype.name in C_NAMES
+        and x.size > 0
+        and labels.dtype == np.int64
+    )
+
+
+@ops.linear_cross_entropy.kernel("cuda", applies)
+def linear_cross_entropy(x: Array, weight: Array, *, labels: Array, weights: Array, needs: tuple[bool, bool]):
+    count, vocabulary = len(x), len(weight)
+    chunk = min(count, max(1, CHUNK_ENTRIES // vocabulary))
+    losses = cupy.empty(count, np.float32)
+    weights = weights.astype(np.float32, copy=False)
+    dx = cupy.empty_like(x) if needs[0] else None
+    dweight = cupy.zeros(weight.shape, np.float32) if needs[1] else None
+    logits = cupy.empty((chunk, vocabulary), np.float32)
+    dlogits = cupy.empty((chunk, vocabulary), x.dtype) if any(needs) else None
+    kernel = function("loss", "cross_entropy", x.dtype.name)
+    for start in range(0, count, chunk):
+        part = slice(start, min(start + chunk, count))
+        rows = part.stop - start
+        gemm(x[part], weight.T, logits[:rows])
+        gradient = np.uint64(0) if dlogits is None else dlogits
+        arguments = (logits, labels[part], weights[part], losses[part], gradient, np.int32(vocabulary))
+        kernel((rows,), (THREADS,), arguments)
+        if dx is not None:
+            gemm(dlogits[:rows], weight, dx[part])
+        if dweight is not None:
+            gemm(dlogits[:rows].T, x[part], dweight, beta=1.0)
+
+    def vjp(dloss):
+        return (None if dx is None else dx * dloss.astype(dx.dtype)), (None if dweight is None else dweight * dloss)
+
+    return losses.sum(), vjp
