@@ -129,8 +129,13 @@ class Tensor:
     def backward(self, grad: Array | None = None) -> None:
         """Add ∂self/∂leaf · grad to `.grad` of every trained leaf; `grad` is 1 for a scalar when left out.
 
-        The tape is freed on the way: a second call needs a new forward pass.
+        The tape is freed on the way: a second call needs a new forward pass. ValueError where nothing is trained.
         """
+        if not self.requires_grad:
+            raise ValueError(
+                "backward() from a Tensor that was computed from nothing that is trained, or inside no_grad(): set "
+                "requires_grad on a leaf, or select an adapter, and compute it again"
+            )
         if grad is None:
             if self.size != 1:
                 raise ValueError(

@@ -82,6 +82,8 @@ def command(
         print_updates(updates)
     shown = {name: entry for name, entry in listing.tensors.items() if not updates or not is_factor(name)}
     if shown:
+        if updates:
+            typer.echo("tensors besides A and B (biases and modules that are saved whole take the base's place):")
         print_tensors(shown, all_layers)
 
 
@@ -137,8 +139,11 @@ def print_tensors(entries: Mapping[str, TensorEntry], all_layers: bool) -> None:
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 
+FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+
+
 def is_factor(name: str) -> bool:
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+    return any(name.endswith(pair) for pair in FACTORS)
 
 
 def updates_of(listing: Listing) -> list[dict[str, Any]]:
@@ -152,13 +157,14 @@ def updates_of(listing: Listing) -> list[dict[str, Any]]:
     config = lora_config(listing.config, listing.path / CONFIG_FILE)
     updates = []
     for key, a in sorted(listing.tensors.items(), key=lambda item: layer_order(item[0])):
-        if not key.endswith(".lora_A.weight"):
+        ends = next((pair for pair in FACTORS if key.endswith(pair[0])), None)
+        if ends is None:
             continue
-        module = key.removesuffix(".lora_A.weight")
-        b = listing.tensors.get(f"{module}.lora_B.weight")
+        module = key.removesuffix(ends[0])
+        b = listing.tensors.get(module + ends[1])
         if b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             found = "is missing" if b is None else f"has shape {b.shape}"
-            raise MiniloraError(f"{b.path if b else a.path}: {module}.lora_B.weight {found} beside an A of {a.shape}")
+            raise MiniloraError(f"{b.path if b else a.path}: {module}{ends[1]} {found} beside an A of {a.shape}")
         path = module.removeprefix(PEFT_PREFIX)
         rank = a.shape[0]
         scale = config.scale(rank, pattern_value(path, config.alpha_pattern, config.alpha))
@@ -191,6 +197,12 @@ def print_updates(updates: list[dict[str, Any]]) -> None:
     print_table(["layer", "ΔW>", "rank>", "scale>", "dtype", "size>", "‖ΔW‖>"], rows)
     total = math.sqrt(sum(update["norm"] ** 2 for update in updates))
     typer.echo(f"{len(updates)} layers, ‖ΔW‖ of all together {total:.4g}")
+    above = [update for update in updates if update["rank"] > min(update["in"], update["out"])]
+    if above:
+        size = min(above[0]["in"], above[0]["out"])
+        typer.echo(
+            f"{len(above)} layers have a higher rank than their ΔW can have, first {above[0]['module']}: at most {size}"
+        )
 
 
 def as_data(listing: Listing, updates: list[dict[str, Any]]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def command(
         str | None,
         _option(
             help='Which layers: "all-linear" (all but the head; the default), endings of names separated by commas, '
-            "such as q_proj,v_proj, or a regular expression for the whole name: it is one if it has any of "
+            "such as q_proj,v_proj,embed_tokens,lm_head (embeddings and the head only if they are named), or a regular "
+            "expression for the whole name: it is one if it has any of "
             r"\ ^ $ * + ? | ( ) [ ] { }."
         ),
     ] = None,
@@ -56,13 +57,13 @@ def command(
     rslora: Annotated[
         bool | None, _option("--rslora/--no-rslora", help="Scale s = alpha / √rank instead. Default: no.")
     ] = None,
-    init: Annotated[
     dora: Annotated[
         bool | None, _option("--dora/--no-dora", help="Train each output's magnitude apart (DoRA). Default: no.")
     ] = None,
     variant: Annotated[
         str | None, _option(help=f"Another variant of LoRA: lora_fa trains B only. Default: {_lora.variant}.")
     ] = None,
+    init: Annotated[
         str | None,
         _option(
             help="How A starts, with B = 0: kaiming or gaussian; or pissa, both from the largest singular values of W "
@@ -91,10 +92,10 @@ def command(
         _option(help=f"Forward passes per step; all label tokens weigh the same. Default: {_run.accumulate}."),
     ] = None,
     lr: Annotated[float | None, _option(help=f"Learning rate. Default: {_run.lr:g}.")] = None,
-    schedule: Annotated[
     lora_plus_ratio: Annotated[
         float | None, _option(help="B's learning rate is this many times --lr (LoRA+), e.g. 16. Default: the same.")
     ] = None,
+    schedule: Annotated[
         str | None, _option(help=f"constant, linear or cosine, after the warm-up. Default: {_run.schedule}.")
     ] = None,
     warmup: Annotated[

@@ -25,10 +25,24 @@ ENTRIES_AT_ONCE = 1 << 24  # of a tensor that is looked through: what is held be
 # --- the first step -------------------------------------------------------------------------------------------------
 
 
+# The factor that is 0 in a new adapter, and the other one, whose gradient is therefore 0 in the first step: of a linear
+# layer, and of an embedding.
+START = {"lora_B": "lora_A", "lora_embedding_A": "lora_embedding_B"}
+
+
+def factor_of(name: str) -> str:
+    """Which factor a trained Tensor's name is of: "lora_A", "lora_embedding_B" …; "" for one that is none."""
+    return next((part for part in name.split(".") if part in START or part in START.values()), "")
+
+
 def pairs_that_start_at_zero(parameters: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """The names (lora_A, lora_B) of each trained pair whose B is all zero, as a new adapter's is."""
-    pairs = [(name.replace("lora_B", "lora_A"), name) for name in parameters if "lora_B" in name]
-    return [(a, b) for a, b in pairs if a in parameters and not bool(parameters[b].data.any())]
+    """The names (lora_A, lora_B) of each trained pair whose B is all zero, as a new adapter's is.
+
+    For an embedding (lora_embedding_B, lora_embedding_A): there A is what starts at zero.
+    """
+    zeros = [name for name in parameters if factor_of(name) in START]
+    pairs = [(name.replace(factor_of(name), START[factor_of(name)]), name) for name in zeros]
+    return [(other, zero) for other, zero in pairs if other in parameters and not bool(parameters[zero].data.any())]
 
 
 def check_first_gradients(parameters: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -36,17 +50,18 @@ def check_first_gradients(parameters: Mapping[str, Tensor], pairs: Sequence[tupl
 
     dA = s · (g B)ᵀ x is exactly 0 where B is; any other value says that a gradient is derived wrongly: MiniloraError.
     dB = s · gᵀ (x Aᵀ) is 0 only where the layer does not reach the loss, or x or A is 0. Such a layer learns nothing
-    now, which is no error of the others: the caller reports it.
+    now, which is no error of the others: the caller reports it. (For an embedding the same with A and B exchanged.)
     """
-    for a, _ in pairs:
-        grad = parameters[a].grad
+    for other, zero in pairs:
+        grad = parameters[other].grad
         if grad is not None and bool(grad.any()):
             largest = float(abs(grad).max())
             raise MiniloraError(
-                f"the first gradient of {a} is {largest:.3g} at its largest, expected exactly 0 since its lora_B is 0: "
-                "a gradient is derived wrongly (minilora.gradcheck finds the primitive); nothing was updated"
+                f"the first gradient of {other} is {largest:.3g} at its largest, expected exactly 0 since its "
+                f"{factor_of(zero)} is 0: a gradient is derived wrongly (minilora.gradcheck finds the primitive); "
+                "nothing was updated"
             )
-    return [b for _, b in pairs if (grad := parameters[b].grad) is None or not bool(grad.any())]
+    return [zero for _, zero in pairs if (grad := parameters[zero].grad) is None or not bool(grad.any())]
 
 
 def some_names(names: Sequence[str]) -> str:

@@ -28,7 +28,14 @@ from ..lora.variants.lora_plus import lora_plus
 from ..optim import AdamW, schedule
 from ..step import MicroBatch, TrainStep
 from ..tensor import no_grad
-from .checks import check_first_gradients, first_non_finite, non_finite_tensor, pairs_that_start_at_zero, some_names
+from .checks import (
+    check_first_gradients,
+    factor_of,
+    first_non_finite,
+    non_finite_tensor,
+    pairs_that_start_at_zero,
+    some_names,
+)
 from .config import TrainConfig
 from .examples import Examples, examples_of
 from .folder import CURVE, Folder, Place, check_folder, data_checksum, folder_for
@@ -224,9 +231,10 @@ class _Run:
             self.model.training_pass = training_pass  # so that dropout draws the same masks again
             self.stop_at_non_finite(loss, lambda: self.step.gradients(micro_batches))
         if silent := check_first_gradients(self.optimiser.parameters, pairs):
+            factors = " or ".join(sorted({factor_of(zero) for _, zero in pairs}, reverse=True))
             self.show.warn(
-                f"the gradient of {len(silent)} of {len(pairs)} lora_B is all zero in the first step, so these layers "
-                f"do not reach the loss, or see only zeros: {some_names(silent)}"
+                f"the gradient of {len(silent)} of {len(pairs)} {factors} is all zero in the first step, so these "
+                f"layers do not reach the loss, or see only zeros: {some_names(silent)}"
             )
         self.optimiser.step()
         seconds = time.perf_counter() - begun

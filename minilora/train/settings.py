@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MiniloraError
 from ..lora import LoraConfig
+from ..lora.targets import ALL_LINEAR
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ ADAPTER_KEYS = {  # the option, and the field of LoraConfig
     "alpha_pattern": "alpha_pattern",
     "rslora": "use_rslora",
     "dora": "use_dora",
-    "init": "init",
     "variant": "variant",
+    "init": "init",
+    "modules_to_save": "modules_to_save",
+    "bias": "bias",
 }
 TRAIN_KEYS = tuple(field.name for field in fields(TrainConfig))
 KEYS = (*RUN_KEYS, *ADAPTER_KEYS, *TRAIN_KEYS)
@@ -97,6 +100,8 @@ def lora_config(settings: Mapping[str, Any]) -> LoraConfig:
     for field in ("target_modules", "exclude_modules"):
         if isinstance(values.get(field), str):
             values[field] = parse_targets(values[field])
+    if isinstance(values.get("modules_to_save"), str):
+        values["modules_to_save"] = names_in(values["modules_to_save"])
     return LoraConfig(**values)
 
 
@@ -113,8 +118,13 @@ def parse_targets(text: str) -> str | list[str]:
 
     It is a regular expression if it has any of the characters \\ ^ $ * + ? | ( ) [ ] { }, which no module's name has.
     """
-    if text == "all-linear" or re.search(r"[\\^$*+?|()\[\]{}]", text):
+    if text.lower() == ALL_LINEAR or re.search(r"[\\^$*+?|()\[\]{}]", text):
         return text
+    return names_in(text)
+
+
+def names_in(text: str) -> list[str]:
+    """The names in a text that separates them by commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

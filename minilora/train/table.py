@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..lora import PEFT_PREFIX, LoraConfig
 from ..lora.targets import matches, pattern_value
+from .checks import factor_of
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -24,11 +25,15 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The rows of the table; all parameters that are trained, and all that there are, adapters included."""
+    """The rows of the table; all parameters that are trained, and all that there are, adapters included.
+
+    excess: of layers whose rank is above their own size, (name, rank, the smaller of their widths).
+    """
 
     rows: list[Row]
     trainable: int
     total: int
+    excess: list[tuple[str, int, int]]
 
     def text(self) -> str:
         """The table with a line of totals, as plain text of fixed columns."""
@@ -38,7 +43,14 @@ class Summary(NamedTuple):
         lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
         lines.insert(1, "-" * len(lines[0]))
         share = self.trainable / self.total
-        return "\n".join([*lines, f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.3%})"])
+        lines.append(f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.3%})")
+        if self.excess:
+            name, rank, size = self.excess[0]
+            lines.append(
+                f"{len(self.excess)} layers have a higher rank than their ΔW can have, first {name}: rank {rank}, and "
+                f"its ΔW has at most {size}, for which rank {size} is enough"
+            )
+        return "\n".join(lines)
 
 
 def summarise(model: Model) -> Summary:
@@ -46,18 +58,37 @@ def summarise(model: Model) -> Summary:
     trained = model.parameters()
     base = {name: tensor for name, tensor in model.network.named_parameters() if name in trained}
     rows: list[Row] = []
+    excess: list[tuple[str, int, int]] = []
     adapters_size = 0
     for adapter, weight in model.active_adapters.items():
         tensors = model.adapter_parameters(adapter)
         adapters_size += sum(tensor.size for tensor in tensors.values())
         shapes = {key: tensor.shape for key, tensor in tensors.items() if tensor.requires_grad}
-        rows += _adapter_rows(model.adapters[adapter], shapes, weight)
-    by_suffix: dict[str, list[int]] = {}
-    for name, tensor in base.items():
-        by_suffix.setdefault(".".join(name.split(".")[-2:]), []).append(tensor.size)
-    rows += [Row(f"base: {suffix}", len(sizes), "", "", sum(sizes)) for suffix, sizes in by_suffix.items()]
+        low_rank = {key: shape for key, shape in shapes.items() if ".lora_" in key}
+        rows += _adapter_rows(model.adapters[adapter], low_rank, weight)
+        rows += _rows_by_suffix("own copy", {key: shape for key, shape in shapes.items() if key not in low_rank})
+        excess += _above_their_size({key: tensor.shape for key, tensor in tensors.items()})
+    rows += _rows_by_suffix("base", {name: tensor.shape for name, tensor in base.items()})
     whole_base = sum(prod(tensor.shape) for _, tensor in model.network.named_parameters())
-    return Summary(rows, sum(tensor.size for tensor in trained.values()), whole_base + adapters_size)
+    return Summary(rows, sum(tensor.size for tensor in trained.values()), whole_base + adapters_size, excess)
+
+
+def _rows_by_suffix(kind: str, shapes: dict[str, tuple[int, ...]]) -> list[Row]:
+    """A row for all parameters of whole modules whose names end alike."""
+    by_suffix: dict[str, list[int]] = {}
+    for name, shape in shapes.items():
+        by_suffix.setdefault(".".join(name.replace(".base_layer", "").split(".")[-2:]), []).append(prod(shape))
+    return [Row(f"{kind}: {suffix}", len(sizes), "", "", sum(sizes)) for suffix, sizes in by_suffix.items()]
+
+
+def _above_their_size(shapes: dict[str, tuple[int, ...]]) -> list[tuple[str, int, int]]:
+    """(name, rank, size) of the layers whose A (r, in) and B (out, r) have r above size = min(in, out)."""
+    found = []
+    for key, shape in shapes.items():
+        if (factor := factor_of(key)).endswith("_A"):
+            out_features = shapes[key.replace(factor, f"{factor[:-1]}B")][0]
+            found.append((key.removeprefix(PEFT_PREFIX).partition(".lora_")[0], shape[0], min(shape[1], out_features)))
+    return [(path, rank, size) for path, rank, size in found if rank > size]
 
 
 def _adapter_rows(config: LoraConfig, shapes: dict[str, tuple[int, ...]], weight: float) -> list[Row]:

@@ -22,7 +22,7 @@ TILE = 4096  # entries of the vocabulary at a time
 
 
 def applies(x: Array, weight: Any, *, labels: Array, weights: Array) -> bool:
-    return computes(x) and x.size > 0 and dense(weight)
+    return computes(x) and x.size > 0 and (dense(weight) or isinstance(weight, ops.CompressedWeight))
 
 
 @ops.linear_cross_entropy.kernel("cpu", applies)

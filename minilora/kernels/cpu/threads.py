@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from ... import backend
+
 
 @cache
 def _blas() -> Any:
@@ -141,6 +143,9 @@ def row_blocks(n: int, most: int, least: int = 1) -> list[tuple[int, int]]:
 def parallel_rows(fn: Callable[[int, int], None], n: int, most: int = 64, least: int = 1) -> None:
     """fn(start, stop) for row blocks that cover 0 … n, spread over the threads. fn must write to its own rows only."""
     run_all([partial(fn, a, b) for a, b in row_blocks(n, most, least)])
+
+
+backend.cpu_runner.append(parallel_rows)
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
