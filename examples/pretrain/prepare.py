@@ -212,9 +212,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     documents: list[tuple[str, str]] = []
-    for source, read in READERS.items():
+    for name, read in READERS.items():
         texts = [plain(text) for text in read(arguments.packages)]
-        documents += [(source, text) for text in texts if text]
+        documents += [(name, text) for text in texts if text]
     random.Random(SEED).shuffle(documents)
     held_back = round(VALIDATION_SHARE * len(documents))
     tokenizer = make_tokenizer([text for _, text in documents[held_back:]])
@@ -237,9 +237,8 @@ def main() -> None:
         }
     (arguments.out / "corpus.json").write_text(json.dumps(corpus, indent=2) + "\n", encoding="utf-8")
     for name, facts in corpus.items():
-        print(
-            f"{name:10} {facts['documents']:7,} documents {facts['characters']:11,} characters {facts['tokens']:,} tokens"
-        )
+        counts = f"{facts['documents']:7,} documents {facts['characters']:11,} characters {facts['tokens']:9,} tokens"
+        print(f"{name:10} {counts}")
     print(f"{len(train):,} training tokens, {len(valid):,} for validation, vocabulary {tokenizer.get_vocab_size():,}")
 
 

@@ -138,6 +138,13 @@ def command(
         _option(help="Save every so many steps, also to OUT/checkpoints. Default: at the end and on Ctrl-C."),
     ] = None,
     keep: Annotated[int | None, _option(help=f"Saves that OUT/checkpoints holds. Default: {_run.keep}.")] = None,
+    sample_prompt: Annotated[
+        list[str] | None,
+        _option(help="A text that the model continues along the way, for the report; may be given several times."),
+    ] = None,
+    sample_every: Annotated[
+        int | None, _option(help="Continue the --sample-prompt every so many steps. Default: eight times in the run.")
+    ] = None,
     seed: Annotated[
         int | None, _option(help=f"Decides the adapter's start, the order of rows, dropout. Default: {_run.seed}.")
     ] = None,

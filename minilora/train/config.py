@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import MiniloraError
 from ..optim import SCHEDULES
 
+SAMPLES_PER_RUN = 8
 DEFAULT_LENGTH = 1024  # tokens of a row where max_length is not given and the model's context allows it
 
 
@@ -30,6 +31,8 @@ class TrainConfig:
     checkpoint: recompute each block in backward: less memory, about a third more time.
     eval_every: measure the validation loss every so many steps, before the first one too (None: at the end only).
     save_every: save every so many steps (None: at the end only). keep: how many earlier ones stay in checkpoints/.
+    sample_prompt: texts that the model continues along the way, into metrics.jsonl, before the first step too.
+    sample_every: after how many steps (None: eight times in a run).
     seed: decides the order of the data, and dropout. An adapter has a seed of its own.
     """
 
@@ -54,6 +57,8 @@ class TrainConfig:
     eval_every: int | None = None
     save_every: int | None = None
     keep: int = 3
+    sample_prompt: str | tuple[str, ...] | list[str] = ()
+    sample_every: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,7 +66,7 @@ class TrainConfig:
             raise _bad("out", self.out, "a folder's name")
         if self.steps is not None and self.epochs is not None:
             raise MiniloraError(f"found steps = {self.steps} and epochs = {self.epochs}, expected one of them")
-        for name in ("steps", "epochs", "eval_every", "save_every"):
+        for name in ("steps", "epochs", "eval_every", "save_every", "sample_every"):
             if getattr(self, name) is not None:
                 self._whole(name, 1)
         for name, least in (("batch_size", 1), ("accumulate", 1), ("keep", 0), ("seed", 0)):
@@ -94,6 +99,14 @@ class TrainConfig:
         for name in ("packing", "mask_prompt", "checkpoint"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "true or false")
+        prompts = (self.sample_prompt,) if isinstance(self.sample_prompt, str) else self.sample_prompt
+        if not isinstance(prompts, tuple | list) or not all(isinstance(text, str) and text for text in prompts):
+            raise _bad("sample_prompt", self.sample_prompt, "a text to continue, or several")
+        object.__setattr__(self, "sample_prompt", tuple(prompts))
+        if self.sample_every is not None and not prompts:
+            raise MiniloraError(
+                f"found sample_every = {self.sample_every} without a sample_prompt to continue: give one"
+            )
         if self.save_every is not None and self.out is None:
             raise MiniloraError(f"found save_every = {self.save_every} without out, the folder to save to: give out")
 
@@ -109,6 +122,11 @@ class TrainConfig:
     def warmup_steps(self, total: int) -> int:
         """The steps that the learning rate rises over, of `total`."""
         return self.warmup if isinstance(self.warmup, int) else round(self.warmup * total)
+
+    def samples_due(self, step: int, total: int) -> bool:
+        """Whether the model's texts are taken after `step` steps of `total`."""
+        every = self.sample_every or max(1, total // SAMPLES_PER_RUN)
+        return bool(self.sample_prompt) and (step == total or step % every == 0)
 
     def row_length(self, context: int) -> int:
         """Tokens that a row may have with a model of this context; MiniloraError if more are asked for."""

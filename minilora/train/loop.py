@@ -47,6 +47,7 @@ from .table import summarise
 if TYPE_CHECKING:
     from ..model import Model
 
+SAMPLE_TOKENS = 40  # of each text that the model writes along the way
 KEPT_BY_RESUME = ("seed", "batch_size", "packing")  # what decides the order of the data
 
 
@@ -89,14 +90,16 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    show: Quiet | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train what `model.parameters()` names: the selected adapter, and base parameters that were unfrozen.
 
     data: a .jsonl file or folder for `load_data`, a Dataset, or Examples; valid: Examples to validate on, instead of
     the data's own. resume: go on, to the same numbers, where the run in config.out stopped (the model must have the
-    adapter that the run began with). overwrite: replace the run in config.out. quiet: print warnings only. settings:
-    what to write down of model, data and adapter, instead of what can be told from the arguments.
+    adapter that the run began with). overwrite: replace the run in config.out. quiet: print warnings only. show: is
+    told of the progress, which is then not printed (see progress.py). settings: what to write down of model, data and
+    adapter, instead of what can be told from the arguments.
     Ctrl-C finishes the step, saves, and raises TrainingInterrupted; a second one ends at once. A loss or gradient that
     is not finite is a MiniloraError that names the first such tensor, before anything is updated with it.
     """
@@ -105,7 +108,7 @@ def train(
         check_folder(Path(config.out), resume, overwrite)
     elif resume or overwrite:
         raise MiniloraError("found resume or overwrite without out, expected the folder of the earlier run as out")
-    show = choose(quiet)
+    show = choose(quiet) if show is None else show
     run = _Run(model, examples_of(model, data, valid, config, show), config, show)
     if run.folder is not None:
         if resume:
@@ -176,12 +179,16 @@ class _Run:
         self.begun, self.before = time.monotonic(), place.seconds
         self.show.start(place.step, self.total)
         with _interruptible() as stop, _checkpointing(self.model, config.checkpoint), _without_numpy_warnings():
-            if place.step == 0 and config.eval_every:
-                self.validate({"step": 0, "epoch": 0.0, "tokens": 0}, stop)
+            if place.step == 0 and (config.eval_every or config.sample_prompt):
+                first = self.with_samples({"step": 0, "epoch": 0.0, "tokens": 0})
+                if config.eval_every:
+                    self.validate(first, stop)
+                else:
+                    self.record(first)
             for epoch, index, of, group in self.groups():
                 metrics = self.one_step(group)
                 place.step, place.epoch, place.index = place.step + 1, epoch, index
-                metrics = {"step": place.step, "epoch": round(epoch + index / of, 6), **metrics}
+                metrics = self.with_samples({"step": place.step, "epoch": round(epoch + index / of, 6), **metrics})
                 last = place.step == self.total
                 due = last or (config.eval_every is not None and place.step % config.eval_every == 0)
                 if due and self.examples.valid and not stop.asked:
@@ -284,6 +291,15 @@ class _Run:
                 self.folder.save_best()
         self.record({**metrics, "validation_loss": loss})
         self.show.line(f"step {self.place.step:,}: validation loss {loss:.4f}{' (best so far)' if is_best else ''}")
+
+    def with_samples(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics and, where they are due, what the model makes of each prompt now: {prompt: text}."""
+        if not self.config.samples_due(self.place.step, self.total):
+            return metrics
+        samples = {prompt: self.model.generate(prompt, SAMPLE_TOKENS) for prompt in self.config.sample_prompt}
+        for prompt, text in samples.items():
+            self.show.line(f"step {self.place.step:,}: {' '.join((prompt + text).split())}")
+        return {**metrics, "samples": samples}
 
     def record(self, metrics: dict[str, Any]) -> None:
         self.history.append(metrics)
