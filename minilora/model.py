@@ -14,7 +14,7 @@ import numpy as np
 
 from .backend import FLOAT_DTYPES, Array, cast, compute_dtype, dtype_of, to_device, to_numpy, use_device
 from .errors import MiniloraError
-from .lora import PEFT_PREFIX, Adapters, LoraConfig, Merge
+from .lora import PEFT_PREFIX, Adapters, Combination, LoraConfig, Merge, Rounding, combine
 from .lora.targets import selected, shortest_patterns
 from .models import CausalLM, ModelConfig, family_of
 from .models.causal_lm import IGNORED, NO_LABEL, shifted_labels
@@ -382,10 +382,30 @@ class Model:
         """Adapter `name`'s Tensors by PEFT key."""
         return self._adapters.parameters(name)
 
-    def merge_adapter(self, which: str | Mapping[str, float]) -> None:
-        """Put the adapter's ΔW (or a weighted sum of several) into the base's weights; then no adapter is selected."""
-        self._merge.merge(self._adapters, self._adapters.weighted(which))
+    def combine_adapters(
+        self, name: str, weights: Mapping[str, float], combination: str = "cat", rank: int | None = None
+    ) -> Combination:
+        """Add the adapter `name` that is the weighted sum of others' ΔW, and select it; what it lost.
+
+        combination: "cat" is exact, its rank the sum of the others'; "svd" is the nearest of `rank` (by default the
+        largest of theirs). Weights may be negative. As PEFT's `add_weighted_adapter`.
+        """
+        self._must_not_be_merged("add an adapter")
+        report = combine(self._adapters, name, weights, combination, rank)
+        self._adapters.select(name)
+        return report
+
+    def merge_adapter(self, which: str | Mapping[str, float], quantised: str | None = None) -> dict[str, Rounding]:
+        """Put the adapter's ΔW (or a weighted sum of several) into the base's weights; then no adapter is selected.
+
+        quantised: what merging makes of weights that are held quantised, "dequantise" (float32, exact) or "requantise"
+        (quantised again); the result says what the latter lost, by parameter: relative error, and size of the update.
+        Raises MiniloraError, with nothing changed, where a weight is quantised and no choice was made, and where a value
+        would not be finite.
+        """
+        roundings = self._merge.merge(self._adapters, self._adapters.weighted(which), quantised)
         self._adapters.select(None)
+        return roundings
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit."""

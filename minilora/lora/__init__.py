@@ -1,8 +1,19 @@
-"""LoRA: which layers (targets), which matrices (layer), many adapters on one base (adapters), merging (merge)."""
+"""LoRA: which layers (targets), which matrices (layer), many adapters on one base (adapters), several made one (combine), merging (merge)."""
 
 from .adapters import PEFT_PREFIX, Adapters
+from .combine import Combination, combine
 from .config import LoraConfig
 from .layer import LoraLayer, Selection
-from .merge import Merge
+from .merge import Merge, Rounding
 
-__all__ = ["PEFT_PREFIX", "Adapters", "LoraConfig", "LoraLayer", "Merge", "Selection"]
+__all__ = [
+    "PEFT_PREFIX",
+    "Adapters",
+    "Combination",
+    "LoraConfig",
+    "LoraLayer",
+    "Merge",
+    "Rounding",
+    "Selection",
+    "combine",
+]

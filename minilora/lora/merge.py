@@ -1,19 +1,35 @@
 """Merging: W' = W + Σ weight · s · B A in float32 (float64 for a float64 base), rounded once; and back to W itself.
 
-Parameters that an adapter has of its own (own.py) take the place of the base's, rounded once to its dtype.
+Parameters that an adapter has of its own (own.py) take the place of the base's, rounded once to its dtype. A compressed
+weight becomes a float32 one, or is compressed again, which loses something: the caller says which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Array, array_module, cast, compute_dtype
+from ..backend import Array, array_module, cast, compute_dtype, in_parts
 from ..errors import MiniloraError
 from ..ops import CompressedWeight
 from ..tensor import Tensor
 from .adapters import Adapters
+from .layer import LoraLayer
+
+CHOICES = ("dequantise", "requantise")
+
+
+class Rounding(NamedTuple):
+    """What compressing a merged W' again lost. error: ‖Q − W'‖ / ‖W'‖; update: ‖W' − W‖ / ‖W'‖, to compare with
+    (Frobenius norms). An error above the update says that little of the adapter is left in this layer.
+    """
+
+    error: float
+    update: float
 
 
 class Merge:
@@ -29,40 +45,45 @@ class Merge:
     def active(self) -> bool:
         return bool(self.kept)
 
-    def merge(self, adapters: Adapters, weights: Mapping[str, float]) -> None:
+    def merge(
+        self, adapters: Adapters, weights: Mapping[str, float], quantised: str | None = None
+    ) -> dict[str, Rounding]:
         """Replace what the adapters change of the base. Everything is computed and checked before anything is replaced.
 
         A tied matrix is replaced in the one layer that is adapted, so the head and the embedding then differ.
+        quantised: "dequantise" or "requantise", for compressed weights. The result is what the latter lost, by name.
         """
         if self.active:
             raise MiniloraError("an adapter is merged already: unmerge_adapter() first")
         if not weights:
             raise MiniloraError("found no adapter to merge, expected a name, or {name: weight}")
-        merged: dict[str, Tensor] = {}
-        for path, module in adapters.adaptable.items():
-            layers = [
-                (module.adapter.layers[name], weight)
-                for name, weight in weights.items()
-                if module.adapter and name in module.adapter.layers
-            ]
-            if not layers:
-                continue
-            base = _array(module.weight, f"{path}.weight")
-            wide = compute_dtype(base.dtype)
-            dense = total = cast(base, wide)
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
-                for layer, weight in layers:
-                    total = total + layer.delta(dense) * wide.type(weight)
-            merged[f"{path}.weight"] = _rounded(total, module.weight, f"{path}.weight")
-        for own in (own for name in weights for own in adapters.own[name].values()):
-            base_tensor = getattr(own.module, own.attribute)
-            _array(base_tensor, own.parameter)
-            merged[own.parameter] = _rounded(own.tensor.data, base_tensor, own.parameter)
+        if quantised not in (None, *CHOICES):
+            raise MiniloraError(f"quantised is {quantised!r}, expected {' or '.join(map(repr, CHOICES))}")
         modules = dict(adapters.network.named_modules())
-        for name, tensor in merged.items():
+        changes = _changes(adapters, weights)
+        bases = {name: getattr(modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in changes}
+        for name, base in bases.items():
+            if isinstance(base.data, CompressedWeight) and quantised is None:
+                raise MiniloraError(
+                    f'{name} is quantised ({base.data}), so merging needs a choice: quantised="dequantise" makes the '
+                    'adapted weights float32, "requantise" rounds them to blocks again and reports the error'
+                )
+        merged: dict[str, Tensor] = {}
+        roundings: dict[str, Rounding] = {}
+        names = list(changes)
+
+        def compute(start: int, stop: int) -> None:
+            for name in names[start:stop]:
+                merged[name], lost = _replaced(bases[name], changes[name], name, quantised == "requantise")
+                if lost is not None:
+                    roundings[name] = lost
+
+        in_parts(compute, len(names), 1, array_module(*(base.data for base in bases.values())))
+        self.kept = bases  # before the first is replaced: whatever interrupts the next lines, unmerging restores all
+        for name in names:
             path, _, attribute = name.rpartition(".")
-            self.kept[name] = getattr(modules[path], attribute)
-            setattr(modules[path], attribute, tensor)
+            setattr(modules[path], attribute, merged[name])
+        return {name: roundings[name] for name in names if name in roundings}
 
     def unmerge(self, adapters: Adapters) -> None:
         """Put the original weights back, bit for bit."""
@@ -75,17 +96,62 @@ class Merge:
         self.kept = {}
 
 
-def _array(base: Tensor, name: str) -> Array:
-    """The parameter's array; MiniloraError for a compressed one."""
-    if isinstance(base.data, CompressedWeight):
-        raise MiniloraError(f"{name} is stored compressed: load the model with dtype='float32' to merge into it")
-    return base.data
+Change = Callable[[Array], Array]  # from W in its computing dtype to a new array, W'
 
 
-def _rounded(value: Array, base: Tensor, name: str) -> Tensor:
-    """A new Tensor for the base's, in its dtype; MiniloraError for a value that is not finite there."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = cast(value, base.dtype)
-    if not bool(array_module(result).isfinite(cast(result, compute_dtype(base.dtype))).all()):
-        raise MiniloraError(f"merging would put a non-finite value into {name} ({base.dtype}): nothing was merged")
-    return Tensor(result.copy() if result is value else result, requires_grad=base.requires_grad)
+def _changes(adapters: Adapters, weights: Mapping[str, float]) -> dict[str, Change]:
+    """What becomes of each parameter that the adapters change, by the parameter's name."""
+    found: dict[str, Change] = {}
+    for path, module in adapters.adaptable.items():
+        layers = [
+            (module.adapter.layers[name], weight)
+            for name, weight in weights.items()
+            if module.adapter and name in module.adapter.layers
+        ]
+        if layers:
+            found[f"{path}.weight"] = partial(_with_updates, layers)
+    for own in (own for name in weights for own in adapters.own[name].values()):
+        found[own.parameter] = partial(_copied, own.tensor)
+    return found
+
+
+def _with_updates(layers: list[tuple[LoraLayer, float]], base: Array) -> Array:
+    """W + Σ weight · ΔW."""
+    total: Any = None
+    for layer, weight in layers:
+        update = layer.delta(base)
+        if weight != 1:
+            update *= base.dtype.type(weight)
+        total = update if total is None else total.__iadd__(update)
+    total += base
+    return array_module(total).ascontiguousarray(total)
+
+
+def _copied(own: Tensor, base: Array) -> Array:
+    return own.data.astype(base.dtype)
+
+
+def _replaced(base: Tensor, change: Change, name: str, requantise: bool) -> tuple[Tensor, Rounding | None]:
+    """The Tensor for W' in the base's dtype or form, and what its form lost; MiniloraError if not all is finite."""
+    held = base.data
+    stored = held.dense() if isinstance(held, CompressedWeight) else held
+    wide = cast(stored, compute_dtype(stored.dtype))
+    lost = None
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
+        value = change(wide)
+        result: Any = cast(value, stored.dtype)
+        values = cast(result, wide.dtype)
+        if isinstance(held, CompressedWeight) and requantise:
+            result = held.recoded(value)
+            values = result.dense()
+            whole = _norm(value) or 1.0
+            lost = Rounding(_norm(values - value) / whole, _norm(value - wide) / whole)
+    if not bool(array_module(values).isfinite(values).all()):
+        kind = held if isinstance(held, CompressedWeight) and requantise else stored.dtype
+        raise MiniloraError(f"merging would put a non-finite value into {name} ({kind}): nothing was merged")
+    return Tensor(result, requires_grad=base.requires_grad), lost
+
+
+def _norm(matrix: Array) -> float:
+    flat = matrix.reshape(-1)
+    return math.sqrt(float(array_module(flat).vdot(flat, flat)))

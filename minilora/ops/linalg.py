@@ -12,6 +12,7 @@ import numpy as np
 
 from ..backend import Array, cast
 from ..backend import matmul as product
+from ..errors import MiniloraError
 from ..tensor import Tensor, primitive
 from .arithmetic import unbroadcast
 
@@ -21,6 +22,7 @@ class CompressedWeight(ABC):
 
     shape: tuple[int, ...]
     dtype: np.dtype  # of the values that it stands for
+    storage: Array  # what it is held in, which says where it lies
 
     @abstractmethod
     def matmul(self, x: Array) -> Array:
@@ -33,6 +35,17 @@ class CompressedWeight(ABC):
     @abstractmethod
     def dense(self) -> Array:
         """The (out, in) array itself."""
+
+    def recoded(self, matrix: Array) -> CompressedWeight:
+        """Another (out, in) array in the same form, rounded to what that can say; MiniloraError if there is no way."""
+        raise MiniloraError(f"a {type(self).__name__} cannot be made of new values: dequantise it instead")
+
+    def __getitem__(self, rows: Any) -> Array:
+        """The rows at a slice or an array of integers."""
+        return self.dense()[rows]
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 def times_transposed(x: Array, weight: Any) -> Array:
