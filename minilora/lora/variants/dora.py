@@ -68,9 +68,8 @@ class DoraLayer(LoraLayer):
     def delta(self, base: Array) -> Array:
         lora_A, lora_B = (tensor.data.astype(base.dtype) for tensor in (self.lora_A, self.lora_B))
         direction = base + matmul(lora_B * base.dtype.type(self.scale), lora_A)
-        norm = array_module(base).sqrt(_squares(direction)).astype(base.dtype)
-        factor = self.magnitude.data.astype(base.dtype) / array_module(base).maximum(norm, np.finfo(base.dtype).tiny)
-        return factor[:, None] * direction - base
+        norm = _root(_squares(direction), _squares(base), base.dtype)
+        return (self.magnitude.data.astype(base.dtype) / norm)[:, None] * direction - base
 
     @contextmanager
     def constants_held(self, linear: Linear) -> Iterator[None]:
@@ -85,18 +84,16 @@ class DoraLayer(LoraLayer):
 
         ‖V_i‖² = ‖W_i‖² + 2 s (W Aᵀ)_i · B_i + s² B_i (A Aᵀ) B_iᵀ: a product of W with r rows, and ‖W_i‖², made once for
         a frozen W. Where the terms cancel (V_i much shorter than W_i) the relative error is about ε ‖W_i‖² / ‖V_i‖², ε
-        that of A's dtype. A row that is all zero gets a norm of the smallest number, not zero: nothing divides by zero.
+        that of A's dtype; a V_i of which nothing is left gets a norm of √ε ‖W_i‖, so nothing divides by zero.
         """
         if self.held is not None:
             return self.held
-        xp, A, B, s = array_module(self.lora_A.data), self.lora_A.data, self.lora_B.data, self.scale
+        A, B, s = self.lora_A.data, self.lora_B.data, self.scale
         A64, B64 = A.astype(np.float64), B.astype(np.float64)
         cross = (times_transposed(A, linear.weight.data).T * B64).sum(axis=1)
         update = s * s * (matmul(B64, matmul(A64, A64.T)) * B64).sum(axis=1)
         base = self._squares_of(linear)
-        limits = np.finfo(A.dtype)
-        least = limits.eps * (base + update) + limits.tiny  # no more digits than this are left
-        return xp.sqrt(xp.maximum(base + 2 * s * cross + update, least)).astype(A.dtype)
+        return _root(base + 2 * s * cross + update, base, A.dtype)
 
     def _squares_of(self, linear: Linear) -> Array:
         """‖W_i‖² (out,) in float64; kept for as long as W is the same array and frozen."""
@@ -104,6 +101,12 @@ class DoraLayer(LoraLayer):
         if weight.requires_grad or self.base_squares is None or self.base_squares[0] is not weight.data:
             self.base_squares = (weight.data, _squares(weight.data))
         return self.base_squares[1]
+
+
+def _root(squares: Array, base: Array, dtype: np.dtype) -> Array:
+    """√squares in `dtype`, at least √ε times √base, and above 0."""
+    xp, limits = array_module(squares), np.finfo(dtype)
+    return xp.sqrt(xp.maximum(squares, limits.eps * base + limits.tiny)).astype(dtype)
 
 
 def _squares(weight: Any) -> Array:
