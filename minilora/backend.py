@@ -199,12 +199,14 @@ def in_parts(fn: Callable[[int, int], None], n: int, most: int, library: ModuleT
     (cpu_runner[-1] if library is np else _in_order)(fn, n, most)
 
 
-pass_contexts: list[Callable[[], AbstractContextManager[Any]]] = [nullcontext]  # the GPU kernels add theirs
+pass_contexts: list[Callable[[Any], AbstractContextManager[Any]]] = [nullcontext]  # the GPU kernels add theirs
 
 
-def one_pass() -> AbstractContextManager[Any]:
-    """A context for one forward pass, in which no trained parameter changes: what is derived from them is made once."""
-    return pass_contexts[-1]()
+def one_pass(network: Any) -> AbstractContextManager[Any]:
+    """A context for one forward pass of a network, in which none of its trained parameters changes: what is derived
+    from them is made once.
+    """
+    return pass_contexts[-1](network)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import FLOAT_DTYPES, Array, cast, compute_dtype, dtype_of, to_device, to_numpy, use_device
+from .backend import FLOAT_DTYPES, Array, activation_dtype, cast, compute_dtype, dtype_of, to_device, to_numpy, use_device
 from .errors import MiniloraError
 from .lora import PEFT_PREFIX, Adapters, Combination, LoraConfig, Merge, Rounding, combine
 from .lora.targets import selected, shortest_patterns
 from .models import CausalLM, ModelConfig, family_of
-from .models.causal_lm import IGNORED, NO_LABEL, shifted_labels
+from .models.causal_lm import IGNORED, NO_LABEL, Batch, shifted_labels
 from .nn import Linear, Weights
 from .ops import CompressedWeight
 from .tensor import Tensor, is_recording, no_grad
@@ -26,19 +26,25 @@ if TYPE_CHECKING:
     from .formats.tokenizer import Tokenizer
 
 
-def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Model:
-    """A pretrained model: a Hugging Face directory, a GGUF file, "smollm2", or a hub id.
+STORED = "stored"  # for load_model's dtype: as the file has it
 
-    dtype: "float32", "float64", "float16" or "bfloat16" to hold the weights in; None keeps what a directory stores
-    (mapped from the file, not copied) and gives float32 for GGUF. Raises MiniloraError for anything missing, truncated
-    or unsupported.
+
+def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Model:
+    """A pretrained model: a Hugging Face directory, a GGUF file, "mini" (in the package), "smollm2", or a hub id.
+
+    dtype: "float32", "float64", "float16" or "bfloat16" to hold the weights in; "stored" as they are in the file: a
+    directory's are mapped, not copied, and matrices in a GGUF's blocks (Q8_0, Q4_0, Q4_1) stay in them, which takes a
+    fraction of the memory and some time per pass. None is "stored" for a directory and "float32" for GGUF. Raises
+    MiniloraError for anything missing, truncated or unsupported.
     """
     from .formats.checkpoint import find_model, open_checkpoint
+    from .formats.gguf import GGUFEntry
+    from .formats.gguf_blocks import held_in_blocks
 
     use_device(device)
-    wanted = None if dtype is None else dtype_of(dtype)
+    wanted = None if dtype in (None, STORED) else dtype_of(dtype)
     checkpoint = open_checkpoint(find_model(path))
-    if wanted is None and checkpoint.format == "gguf":
+    if dtype is None and checkpoint.format == "gguf":
         wanted = np.dtype(np.float32)
     family = family_of(checkpoint.config)
     config = family.read_config(checkpoint.config)
@@ -56,6 +62,8 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
                 f"{checkpoint.path}: {name} has shape {tuple(entry.shape)}, its configuration calls for {shape}"
             )
         used.add(name)
+        if isinstance(entry, GGUFEntry) and wanted is None and (blocks := held_in_blocks(entry, device)) is not None:
+            return blocks
         array = entry.array()
         if array.dtype.name not in FLOAT_DTYPES:
             raise MiniloraError(
@@ -70,6 +78,7 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) 
         wanted if wanted is not None else np.dtype("float64" if stored == {"float64"} else "float32")
     )
     network = family.network(config, Weights(source), dtype_of_network)
+    network.compute_in(activation_dtype(wanted or network.lm_head.weight.dtype, device))
     unused = sorted(name for name in tensors if name not in used and not family.network.ignores(name, config))
     if unused:
         raise MiniloraError(
@@ -97,7 +106,7 @@ def new_model(
             values = random.normal(0.0, std, shape)
         return to_device(values.astype(held), device)
 
-    network = family.network(family.read_config(dict(config)), Weights(source), compute_dtype(held))
+    network = family.network(family.read_config(dict(config)), Weights(source), activation_dtype(held, device))
     return Model(network, None, source=f"a random {config['model_type']}")
 
 
@@ -120,6 +129,7 @@ class Model:
         self.generation_config = generation_config or {}
         self._adapters = Adapters(network)
         self._merge = Merge()
+        self._changes = 0  # how often tensors were added, replaced or moved
         self._training_passes: Counter[str] = Counter()  # passes with gradients so far, by adapter
 
     @property
@@ -133,7 +143,7 @@ class Model:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype that the network computes in: float32, or float64 for a float64 model."""
+        """The dtype of activations: float32, float64 for a float64 model, bfloat16 for a bfloat16 one on a GPU."""
         return self.network.dtype
 
     @property
@@ -160,6 +170,7 @@ class Model:
     def to(self, device: str) -> Model:
         """Move all weights and adapters to the device, in place; returns the model."""
         use_device(device)
+        self._changes += 1
         for tensor in self._all_tensors():
             if isinstance(tensor.data, CompressedWeight):
                 raise MiniloraError(
@@ -167,6 +178,7 @@ class Model:
                 )
             tensor.data = to_device(tensor.data, device)
             tensor.grad = None
+        self.network.compute_in(activation_dtype(self.network.lm_head.weight.dtype, device))
         return self
 
     def _all_tensors(self) -> Iterator[Tensor]:
@@ -215,12 +227,45 @@ class Model:
 
         An adapter without a label in this batch has none. Backward goes through their sum, once.
         """
+        return self.losses_of(self.loss_batch(tokens, labels, segments, normaliser).on(self.device))
+
+    def loss_batch(
+        self,
+        tokens: Any,
+        labels: Any = None,
+        segments: Any = None,
+        normaliser: float | Mapping[str, float] | None = None,
+        bucket: int = 1,
+    ) -> Batch:
+        """What `losses` reads, checked and on the host. bucket: see `CausalLM.loss_batch`."""
         tokens, targets, segments = self._checked(tokens, labels, segments)
         weights = self._loss_weights(targets, normaliser)
         owned = {name: mine for name, mine in self._labelled(targets).items() if mine.any()}
-        self._set_dropout(is_recording(), owned)
         own_targets = {name: np.where(mine, targets, IGNORED) for name, mine in owned.items()}
-        return self.network.loss_sums(tokens, own_targets, weights, segments)
+        return self.network.loss_batch(tokens, own_targets, weights, segments, bucket)
+
+    def losses_of(self, batch: Batch) -> dict[str, Tensor]:
+        """`losses` of a batch on the model's device. Nothing here waits for a GPU."""
+        self._set_dropout(is_recording(), batch.labelled)
+        return self.network.loss_sums(batch)
+
+    def can_be_recorded(self) -> bool:
+        """Whether a pass under the selected adapters is the same launches whatever the numbers: on a GPU, without
+        dropout (its masks are drawn on the host's word).
+        """
+        return not any(self._adapters.configs[name].dropout for name in self.active_adapters)
+
+    def recording_key(self) -> tuple[Hashable, ...]:
+        """What the launches of a pass depend on besides its batch: the selection, checkpointing, and the tensors."""
+        selection = self._adapters.selection
+        return selection.weights, selection.rows, self.checkpoint, self._changes
+
+    def read_by_recordings(self) -> list[Any]:
+        """What a recorded pass reads and a later pass may replace."""
+        from .kernels.cuda.lists import pass_of
+
+        rotary = self.network.rotary
+        return [None if rotary is None else rotary.tables, list(pass_of(self.network).buffers.values())]
 
     def label_count(self, tokens: Any, labels: Any = None, segments: Any = None) -> int | Counter[str]:
         """How many positions of this batch carry a loss; with set_adapter(rows=...), how many by adapter."""
@@ -333,6 +378,7 @@ class Model:
     def add_adapter(self, name: str, config: LoraConfig | None = None, seed: int = 0) -> None:
         """Add a new adapter and select it. With B = 0 at the start the outputs stay exactly those of the base."""
         self._must_not_be_merged("add an adapter")
+        self._changes += 1
         self._adapters.add(name, config or LoraConfig(), seed)
         self._adapters.select(name)
 
@@ -345,6 +391,7 @@ class Model:
 
         self._must_not_be_merged("load an adapter")
         config, values = read_adapter(path, self.config, self.network.head_is_tied)
+        self._changes += 1
         self._adapters.add(name, config, values=values, trainable=trainable)
         self._adapters.select(name)
 
@@ -375,6 +422,7 @@ class Model:
 
     def delete_adapter(self, name: str) -> None:
         """Remove adapter `name`; if it was selected, the bare base is."""
+        self._changes += 1
         self._adapters.remove(name)
         self._training_passes.pop(name, None)
 
@@ -403,12 +451,14 @@ class Model:
         Raises MiniloraError, with nothing changed, where a weight is quantised and no choice was made, and where a value
         would not be finite.
         """
+        self._changes += 1
         roundings = self._merge.merge(self._adapters, self._adapters.weighted(which), quantised)
         self._adapters.select(None)
         return roundings
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit."""
+        self._changes += 1
         self._merge.unmerge(self._adapters)
 
     def _must_not_be_merged(self, action: str) -> None:
@@ -421,7 +471,7 @@ class Model:
         """Train the base parameters that `pattern` matches (a list by suffix, a string by full regular expression);
         their names.
 
-        They become writable copies in the network's dtype. A pattern without a match is a MiniloraError.
+        They become writable copies in float32 (float64 in a float64 model). A pattern without a match is a MiniloraError.
         """
         names = dict(self.network.named_parameters())
         chosen = selected(list(names), pattern, "unfreeze", "parameter")
@@ -430,9 +480,10 @@ class Model:
                 raise MiniloraError(
                     f"{name} is stored compressed and cannot be trained: load the model with dtype='float32'"
                 )
+        self._changes += 1
         for name in chosen:
             parameter = names[name]
-            parameter.data = cast(parameter.data, self.dtype).copy()
+            parameter.data = cast(parameter.data, compute_dtype(self.dtype)).copy()
             parameter.requires_grad = True
         return chosen
 

@@ -1,5 +1,7 @@
 """How one training step is executed: forward and backward over the micro-batches, clipping, the optimiser's update.
 
+On a GPU a step is recorded as a CUDA graph for each shape of its inputs, where nothing in it depends on the host.
+
 The model, the ops and the optimiser know nothing of it, and however a step runs it gives the same gradients to
 rounding.
 """
@@ -15,8 +17,11 @@ import numpy as np
 
 from .backend import Array
 from .errors import MiniloraError
-from .models.causal_lm import NO_LABEL
+from .models.causal_lm import NO_LABEL, Batch
 from .optim import AdamW, clip_grad_norm, global_norm
+
+
+LABEL_BUCKETS = 16  # a recorded step takes the number of labelled positions as a multiple of a 16th of all positions
 
 
 class MicroBatch(NamedTuple):
@@ -65,6 +70,7 @@ class TrainStep:
         self.max_grad_norm = given
         self.grad_norm: Any = None
         self.trained: list[str] = []  # the optimisers that step next
+        self.recorder: Any = None  # on a GPU: the steps that were recorded
 
     def __call__(
         self,
@@ -83,25 +89,63 @@ class TrainStep:
         Each micro-batch's sum is divided by the total count of label tokens: a mean of means would weigh tokens
         unequally. With rows each adapter's sum is divided by the adapter's own total.
         """
-        batches = [MicroBatch(*batch) for batch in batches]
-        counts = [self._count(batch) for batch in batches]
+        given = [MicroBatch(*batch) for batch in batches]
+        counts = [self._count(batch) for batch in given]
         total = reduce(add, counts) if counts else 0
         if not total:
             raise MiniloraError(NO_LABEL)
         for optimiser in self.optimisers.values():
             optimiser.zero_grad()
-        losses: dict[str, Array] = {}
-        for batch, count in zip(batches, counts, strict=True):
-            if not count:
-                continue
+        labelled = [batch for batch, count in zip(given, counts, strict=True) if count]
+        losses = self._passes(labelled, total)
+        self._forget_gradients_of_nothing(given, losses)
+        self.trained = list(losses) if self.by_adapter else list(self.optimisers)
+        return losses if self.by_adapter else reduce(add, losses.values())
+
+    def _passes(self, batches: Sequence[MicroBatch], total: Any) -> dict[str, Array]:
+        """Forward and backward of all micro-batches, launch by launch or as one recording; the losses by adapter."""
+        recorded = self.model.device != "cpu" and self.model.can_be_recorded()
+        prepared = []
+        for batch in batches:
             self._select(batch)
-            parts = self.model.losses(*batch[:3], normaliser=total)
+            bucket = max(1, np.size(batch.tokens) // LABEL_BUCKETS) if recorded else 1
+            prepared.append(self.model.loss_batch(*batch[:3], normaliser=total, bucket=bucket))
+        if recorded:
+            return self._recorded(batches, prepared)
+        return self._forward_and_backward(batches, [batch.on(self.model.device) for batch in prepared])
+
+    def _forward_and_backward(self, batches: Sequence[MicroBatch], prepared: Sequence[Batch]) -> dict[str, Array]:
+        losses: dict[str, Array] = {}
+        for batch, inputs in zip(batches, prepared, strict=True):
+            self._select(batch)
+            parts = self.model.losses_of(inputs)
             reduce(add, parts.values()).backward()
             for name, part in parts.items():
                 losses[name] = losses[name] + part.data if name in losses else part.data
-        self._forget_gradients_of_nothing(batches, losses)
-        self.trained = list(losses) if self.by_adapter else list(self.optimisers)
-        return losses if self.by_adapter else reduce(add, losses.values())
+        return losses
+
+    def _recorded(self, batches: Sequence[MicroBatch], prepared: Sequence[Batch]) -> dict[str, Array]:
+        """The same through a CUDA graph: see kernels/cuda/graph.py."""
+        from .kernels.cuda.graph import Recorder
+
+        if self.recorder is None:
+            self.recorder = Recorder()
+        parameters = [p for optimiser in self.optimisers.values() for p in optimiser.parameters.values()]
+        arrays = [array for batch in prepared for array in batch.arrays()]
+        shapes = tuple((array.shape, array.dtype.str) for array in arrays)
+        addresses = tuple(parameter.data.data.ptr for parameter in parameters)
+        selections = tuple(batch.rows for batch in batches)
+        key = (shapes, addresses, selections, *self.model.recording_key())
+
+        def step(on_device: list[Array]) -> tuple[dict[str, Array], list[Array | None]]:
+            rest = iter(on_device)
+            losses = self._forward_and_backward(batches, [batch.of(rest) for batch in prepared])
+            return losses, [parameter.grad for parameter in parameters]
+
+        losses, grads = self.recorder.run(key, arrays, step, self.model.read_by_recordings)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        return {name: loss.copy() for name, loss in losses.items()}  # the next step writes over the recording's own
 
     def update(self) -> None:
         """Clip the gradients, if asked to, and let the optimiser take its step."""

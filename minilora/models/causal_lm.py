@@ -7,16 +7,16 @@ Axes: B batch, T time, D width, V vocabulary, M labelled positions.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .. import ops
-from ..backend import Array, array_module, to_device
-from ..nn import AdapterState, Linear, Module
+from ..backend import Array, array_module, compute_dtype, one_pass, to_device
+from ..nn import AdapterState, Embedding, Linear, Module
 from ..tensor import Tensor, checkpoint
 from .cache import KVCache
 from .config import ModelConfig
@@ -48,6 +48,53 @@ def shifted_labels(labels: np.ndarray, segments: np.ndarray | None) -> np.ndarra
     return targets
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """M positions that carry a loss: their places among the B T (None for all), the tokens that they are to predict,
+    and what each loss is multiplied by.
+    """
+
+    index: Array | None
+    labels: Array
+    weights: Array
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass reads, all on one device: tokens (B, T), positions (B or 1, T), segments (B, S) or None, and what
+    carries a loss, by adapter where those are selected by row.
+    """
+
+    tokens: Array
+    positions: Array
+    segments: Array | None = None
+    labelled: Mapping[str, Labelled] = field(default_factory=dict)
+
+    def arrays(self) -> list[Array]:
+        """All arrays, in one order."""
+        held = [self.tokens, self.positions, self.segments]
+        for part in self.labelled.values():
+            held += [part.index, part.labels, part.weights]
+        return [array for array in held if array is not None]
+
+    def of(self, arrays: Iterator[Array]) -> Batch:
+        """A batch of the same form with the next of other arrays, in the order of `arrays`."""
+
+        def following(array: Array | None) -> Array | None:
+            return None if array is None else next(arrays)
+
+        tokens, positions, segments = (following(array) for array in (self.tokens, self.positions, self.segments))
+        labelled = {
+            name: Labelled(following(part.index), following(part.labels), following(part.weights))
+            for name, part in self.labelled.items()
+        }
+        return Batch(tokens, positions, segments, labelled)
+
+    def on(self, device: str) -> Batch:
+        """The same batch on a device."""
+        return self.of(to_device(array, device) for array in self.arrays())
+
+
 class CausalLM(Module):
     """A decoder with a language-model head. Subclasses set the parts below and give `embed`, `blocks`, `final_norm`."""
 
@@ -60,7 +107,7 @@ class CausalLM(Module):
         self.rotary: RotaryTable | None = None
         if config.rope_theta is not None:
             frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-            self.rotary = RotaryTable(frequencies, dtype)
+            self.rotary = RotaryTable(frequencies, compute_dtype(dtype))
 
     @abstractmethod
     def embed(self, tokens: Array, positions: Array) -> Tensor:
@@ -86,6 +133,13 @@ class CausalLM(Module):
         """Whether a checkpoint's tensor of this name needs no place here: a tied head, a buffer of constants."""
         return name == "lm_head.weight" and config.tie_word_embeddings
 
+    def compute_in(self, dtype: np.dtype) -> None:
+        """Let activations be of `dtype` from here on."""
+        self.dtype = dtype
+        for _, module in self.named_modules():
+            if isinstance(module, Embedding):
+                module.dtype = dtype
+
     @property
     def head_is_tied(self) -> bool:
         """Whether the head's matrix is the embedding's (merging an adapter of the head unties them)."""
@@ -101,28 +155,33 @@ class CausalLM(Module):
         segments (B, T): tokens attend within their own number only, and positions restart at its start. With a cache
         the tokens continue the positions that it holds, and segments has those as well: (B, held + T).
         """
-        device = self.device
+        batch = self.batch(tokens, segments, begin=0 if cache is None else cache.length)
+        return self.hidden_of(batch.on(self.device), cache)
+
+    def batch(self, tokens: np.ndarray, segments: np.ndarray | None = None, begin: int = 0) -> Batch:
+        """What a pass over these tokens reads, as NumPy arrays; begin: the first one's position without segments."""
         if segments is not None:
             positions = segment_positions(segments)[:, -tokens.shape[1] :]
         else:
-            begin = cache.length if cache is not None else 0
             positions = np.arange(begin, begin + tokens.shape[1])[None]
-        cos, sin = (None, None) if self.rotary is None else self.rotary.at(positions)
-        context = Context(
-            cos=None if cos is None else to_device(cos, device),
-            sin=None if sin is None else to_device(sin, device),
-            segments=None if segments is None else to_device(segments, device),
-            cache=cache,
-        )
-        x = self.embed(to_device(tokens, device), to_device(positions, device))
-        for block in self.blocks:
-            if self.checkpoint and cache is None:
-                run = partial(self._run_block, block, self.adapter_state.selection, context)
-                x = checkpoint(run, x, parameters=block.trained())
-            else:
-                x = block(x, context)
+        if self.rotary is not None:
+            self.rotary.reach(int(positions.max(initial=0)) + 1)
+        return Batch(tokens, positions, segments)
+
+    def hidden_of(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
+        """As `hidden`, of a batch on the network's device. Nothing here waits for a GPU."""
+        cos, sin = (None, None) if self.rotary is None else self.rotary.at(batch.positions)
+        context = Context(cos=cos, sin=sin, segments=batch.segments, cache=cache)
+        with one_pass(self):
+            x = self.embed(batch.tokens, batch.positions)
+            for block in self.blocks:
+                if self.checkpoint and cache is None:
+                    run = partial(self._run_block, block, self.adapter_state.selection, context)
+                    x = checkpoint(run, x, parameters=block.trained())
+                else:
+                    x = block(x, context)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance(batch.tokens.shape[1])
         return x
 
     def _run_block(self, block: Module, selection: Any, context: Context, x: Tensor) -> Tensor:
@@ -137,39 +196,56 @@ class CausalLM(Module):
         x = self.hidden(tokens, segments, cache)
         return self.lm_head(self.final_norm(x[:, -1:] if last else x))
 
-    def loss_sums(
+    def loss_batch(
         self,
         tokens: np.ndarray,
         targets: Mapping[str, np.ndarray],
         weights: np.ndarray,
         segments: np.ndarray | None = None,
-    ) -> dict[str, Tensor]:
-        """Σ weight · cross-entropy over the positions whose target is not IGNORED; weights (B, T).
+        bucket: int = 1,
+    ) -> Batch:
+        """A batch with a loss on the positions whose target is not IGNORED, Σ weight · cross-entropy; weights (B, T).
 
         targets: those of each adapter's rows by its name where they are selected by row, else all under ""; (B, T)
-        each. The final norm and the head run on those M positions only, the head in chunks: no (M, V) array is held.
+        each. bucket: their number is made a multiple of it by positions of weight 0, for steps that are captured.
         """
-        x = self.hidden(tokens, segments)
+        labelled = {}
+        for name, own in targets.items():
+            index = np.flatnonzero(own.reshape(-1) != IGNORED)
+            more = -len(index) % bucket
+            if more:
+                index = np.concatenate([index, np.flatnonzero(own.reshape(-1) == IGNORED)[:more]])
+            weight = np.where(own.reshape(-1)[index] != IGNORED, weights.reshape(-1)[index], 0.0)
+            labelled[name] = Labelled(
+                index=index if len(index) < own.size else None,
+                labels=np.where(own.reshape(-1)[index] != IGNORED, own.reshape(-1)[index], 0),
+                weights=weight.astype(compute_dtype(self.dtype)),
+            )
+        return replace(self.batch(tokens, segments), labelled=labelled)
+
+    def loss_sums(self, batch: Batch) -> dict[str, Tensor]:
+        """Each adapter's sum of a `loss_batch` on the network's device, by its name.
+
+        The final norm and the head run on the labelled positions only, the head in chunks: no (M, V) array is held.
+        """
+        x = self.hidden_of(batch)
         x = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (B T, D)
         selection = self.adapter_state.selection
         return {
-            name: self._loss_sum(x, own.reshape(-1), weights.reshape(-1), selection.of(name) if name else selection)
-            for name, own in targets.items()
+            name: self._loss_sum(x, labelled, selection.of(name) if name else selection)
+            for name, labelled in batch.labelled.items()
         }
 
-    def _loss_sum(self, x: Tensor, targets: np.ndarray, weights: np.ndarray, selection: Any) -> Tensor:
-        """The sum under one selection of adapters: x (B T, D), targets and weights (B T,)."""
-        index = np.flatnonzero(targets != IGNORED)
-        if len(index) < len(x):
-            x = ops.select_rows(x, index=to_device(index, self.device))  # -> (M, D)
-        labels = to_device(targets[index], self.device)
-        weight = to_device(weights[index].astype(self.dtype), self.device)
+    def _loss_sum(self, x: Tensor, labelled: Labelled, selection: Any) -> Tensor:
+        """The sum under one selection of adapters: x (B T, D)."""
+        if labelled.index is not None:
+            x = ops.select_rows(x, index=labelled.index)  # -> (M, D)
         with self.adapter_state.using(selection):
             x = self.final_norm(x)
             head = self.lm_head.current()
             if head.adapter is None and head.bias is None:
-                return ops.linear_cross_entropy(x, head.weight, labels=labels, weights=weight)
-            return self._loss_through_head(x, labels, weight, selection)
+                return ops.linear_cross_entropy(x, head.weight, labels=labelled.labels, weights=labelled.weights)
+            return self._loss_through_head(x, labelled.labels, labelled.weights, selection)
 
     def _loss_through_head(self, x: Tensor, labels: Array, weights: Array, selection: Any) -> Tensor:
         """The same sum for a head with an adapter or a bias: chunks of its logits, made again in backward."""
@@ -179,7 +255,7 @@ class CausalLM(Module):
             part = slice(start, start + chunk)
             piece = partial(self._loss_of_chunk, replace(selection, part=start), labels[part], weights[part])
             total = checkpoint(piece, x[part], parameters=self.lm_head.trained()) + total
-        return total if isinstance(total, Tensor) else Tensor(array_module(x.data).zeros((), self.dtype))
+        return total if isinstance(total, Tensor) else Tensor(array_module(x.data).zeros((), compute_dtype(self.dtype)))
 
     def _loss_of_chunk(self, selection: Any, labels: Array, weights: Array, x: Tensor) -> Tensor:
         with self.adapter_state.using(selection):

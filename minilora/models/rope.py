@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import Array, device_of, to_device
 from ..errors import MiniloraError
 
 
@@ -45,16 +46,25 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | N
 
 
 class RotaryTable:
-    """cos and sin for positions 0, 1, 2 …, grown as longer sequences come, in the network's dtype."""
+    """cos and sin for positions 0, 1, 2 …, grown as longer sequences come; a copy on each device that asks for it."""
 
     def __init__(self, frequencies: np.ndarray, dtype: np.dtype) -> None:
         self.frequencies, self.dtype = frequencies, dtype
-        self.cos = self.sin = np.zeros((0, len(frequencies)), dtype)
+        self.tables: dict[str, tuple[Array, Array]] = {}
+        self.length = 0
 
-    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin (·, T, 1, d/2) for positions (·, T), NumPy arrays."""
-        needed = int(positions.max(initial=0)) + 1
-        if needed > len(self.cos):
-            angles = np.arange(max(needed, 2 * len(self.cos)))[:, None] * self.frequencies
-            self.cos, self.sin = np.cos(angles).astype(self.dtype), np.sin(angles).astype(self.dtype)
-        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+    def reach(self, length: int) -> None:
+        """Make the tables at least so long."""
+        if length > self.length:
+            self.length = max(length, 2 * self.length)
+            angles = np.arange(self.length)[:, None] * self.frequencies
+            self.tables = {"cpu": (np.cos(angles).astype(self.dtype), np.sin(angles).astype(self.dtype))}
+
+    def at(self, positions: Array) -> tuple[Array, Array]:
+        """cos and sin (·, T, 1, d/2) on the device of the positions (·, T), which `reach` must have been told of."""
+        device = device_of(positions)
+        if device not in self.tables:
+            cos, sin = self.tables["cpu"]
+            self.tables[device] = to_device(cos, device), to_device(sin, device)
+        cos, sin = self.tables[device]
+        return cos[positions][:, :, None], sin[positions][:, :, None]

@@ -345,9 +345,7 @@ CASES = {
     "getitem": Case(getitem_calls(), lambda x, *, index: taken(x, positions(x)[on_host(index)])),
     "unstack": Case(
         unstack_calls(),
-        lambda x, *, axis: tuple(
-            taken(x, positions(x).take(index, axis=axis)) for index in range(x.shape[axis])
-        ),
+        lambda x, *, axis: tuple(taken(x, positions(x).take(index, axis=axis)) for index in range(x.shape[axis])),
     ),
     "select_rows": Case(select_rows_calls(), lambda x, *, index: taken(x, positions(x)[on_host(index)])),
     "add_rows": Case(add_rows_calls(), add_rows),

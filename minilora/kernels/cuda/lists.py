@@ -87,9 +87,7 @@ def norm(gs: list[Array]) -> Array:
     partial = cupy.empty(max(1, lists.count), np.float64)
     lists.launch("squares", _tables.at(gs), partial)
     if lists.count:
-        function("lists", "root_of_sum", "float32", PIECE=PIECE)(
-            (1,), (256,), (partial, np.int32(lists.count), result)
-        )
+        function("lists", "root_of_sum", "float32", PIECE=PIECE)((1,), (256,), (partial, np.int32(lists.count), result))
     return result
 
 
@@ -111,10 +109,10 @@ class Rounded(NamedTuple):
 
 
 class Pass:
-    """The adapters' matrices in the activations' dtype, good for one forward pass: all are rounded in one launch."""
+    """A network's adapters in the activations' dtype, good for one forward pass: all are rounded in one launch."""
 
     def __init__(self) -> None:
-        self.known: dict[int, weakref.ref] = {}  # arrays that passes have used, by address
+        self.known: dict[int, weakref.ref] = {}  # arrays that its passes have used, by address
         self.buffers: dict[tuple[Any, ...], Rounded] = {}
         self.rounded: dict[tuple[int, str], Array] | None = None  # None: outside a pass
 
@@ -153,17 +151,26 @@ class Pass:
         return Rounded(parts, Lists(sizes), cupy.asarray(np.array(list(arrays), np.uint64)), targets)
 
 
-_pass = Pass()
+_passes: weakref.WeakKeyDictionary[Any, Pass] = weakref.WeakKeyDictionary()  # by network
+_current: list[Pass] = []  # the pass that is going on is the last
+
+
+def pass_of(network: Any) -> Pass:
+    """What is kept from pass to pass for this network."""
+    return _passes.setdefault(network, Pass())
 
 
 @contextmanager
-def one_pass() -> Iterator[None]:
-    """Inside, no adapter changes: each is rounded once."""
-    before, _pass.rounded = _pass.rounded, {}
+def one_pass(network: Any) -> Iterator[None]:
+    """Inside, no adapter of the network changes: each is rounded once."""
+    going_on = pass_of(network)
+    before, going_on.rounded = going_on.rounded, {}
+    _current.append(going_on)
     try:
         yield
     finally:
-        _pass.rounded = before
+        _current.pop()
+        going_on.rounded = before
 
 
 pass_contexts.append(one_pass)
@@ -176,15 +183,17 @@ def narrowed(array: Array, dtype: np.dtype) -> Array:
     """
     if array.dtype == dtype:
         return array
-    if _pass.rounded is None or not fused(array):
+    if not _current or not fused(array):
         return array.astype(dtype)
-    if not _pass.rounded:
-        _pass.round_all(dtype)
-    address = array.data.ptr
-    if (address, dtype.name) not in _pass.rounded:
-        _pass.known[address] = weakref.ref(array)
-        _pass.rounded[address, dtype.name] = array.astype(dtype)
-    return _pass.rounded[address, dtype.name]
+    going_on, address = _current[-1], array.data.ptr
+    rounded = going_on.rounded
+    assert rounded is not None
+    if not rounded:
+        going_on.round_all(dtype)
+    if (address, dtype.name) not in rounded:
+        going_on.known[address] = weakref.ref(array)
+        rounded[address, dtype.name] = array.astype(dtype)
+    return rounded[address, dtype.name]
 
 
 many_arrays.append(sys.modules[__name__])

@@ -36,7 +36,7 @@ def linear_cross_entropy(x: Array, weight: Array, *, labels: Array, weights: Arr
     dx = cupy.empty_like(x) if needs[0] else None
     dweight = cupy.zeros(weight.shape, np.float32) if needs[1] else None
     logits = cupy.empty((chunk, vocabulary), np.float32)
-    dlogits = cupy.empty((chunk, vocabulary), x.dtype) if any(needs) else None
+    dlogits: Any = cupy.empty((chunk, vocabulary), x.dtype) if any(needs) else None
     kernel = function("loss", "cross_entropy", x.dtype.name)
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
