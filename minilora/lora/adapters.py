@@ -104,9 +104,8 @@ class Adapters:
                 tensor.requires_grad = tensor.requires_grad and trainable
         own = copies(self.network, config, paths, saved)
         for key, copy in own.items():
-            shape = copy.as_in_files(copy.tensor).shape if values is not None else ()
-            value = None if values is None else _fitting(values, PEFT_PREFIX + key, shape, dtype)
-            own[key] = copy_of(copy, value, dtype, trainable)
+            found = None if values is None else _fitting(values, PEFT_PREFIX + key, copy.shape_in_files, dtype)
+            own[key] = copy_of(copy, found, dtype, trainable)
         if values is not None:
             self._check_nothing_is_left(values, layers, own)
         numbers = {path: number for number, path in enumerate(self.linears)}
@@ -139,10 +138,10 @@ class Adapters:
             del module.adapter.layers[name]
             if not module.adapter.layers:
                 module.adapter = None
-        for module in {id(own.module): own.module for own in self.own.pop(name).values()}.values():
-            del module.own.tensors[name]
-            if not module.own.tensors:
-                module.own = None
+        for owner in {id(own.module): own.module for own in self.own.pop(name).values()}.values():
+            del owner.own.tensors[name]
+            if not owner.own.tensors:
+                owner.own = None
         del self.configs[name]
         used = [used for used, _ in self.selection.weights] if self.selection.rows is None else self.selection.rows
         if name in used:

@@ -49,10 +49,18 @@ class Own(NamedTuple):
         """The base parameter's name."""
         return f"{self.path}.{self.attribute}"
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether files have it the other way round: GPT-2's linear weights are (in, out) there."""
+        return isinstance(self.module, Linear) and self.module.conv1d and self.attribute == "weight"
+
+    @property
+    def shape_in_files(self) -> tuple[int, ...]:
+        return self.tensor.shape[::-1] if self.is_turned else self.tensor.shape
+
     def as_in_files(self, array: Array) -> Array:
-        """The array the way that files have it, or from there: GPT-2's linear weights are (in, out) there."""
-        turned = isinstance(self.module, Linear) and self.module.conv1d and self.attribute == "weight"
-        return array.T if turned else array
+        """The array the way that files have it, or one of theirs the way that it is here."""
+        return array.T if self.is_turned else array
 
 
 def copies(network: Module, config: LoraConfig, adapted: Collection[str], saved: Collection[str]) -> dict[str, Own]:

@@ -75,7 +75,7 @@ def test_a_module_that_is_named_in_full_is_adapted_whatever_the_layers():
         ({"target_modules": "model.layers.*.q"}, "target_modules 'model.layers.*.q' matches no linear layer"),
         ({"target_modules": "("}, r"target_modules '\(' is not a regular expression"),
         ({"exclude_modules": ["q_prj"]}, "exclude_modules 'q_prj' matches no linear layer .*did you mean 'q_proj'"),
-        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no linear layer or embedding is left to adapt"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no linear layer or embedding is left"),
         ({"layers_to_transform": [3, 12]}, r"layers_to_transform has 12, .*\(layers: 0 to 11\)"),
         ({"target_modules": ["lm_head"], "layers_to_transform": [0]}, "layers_to_transform has 0"),
     ],

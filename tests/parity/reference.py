@@ -99,18 +99,30 @@ def peft_config(config: ml.LoraConfig) -> Any:
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
         use_rslora=config.use_rslora,
+        bias=config.bias,
+        modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
     )
 
 
 def peft_parameters(model: Any) -> dict[str, Any]:
     """A PEFT model's trained parameters by the keys that its files have."""
-    return {name.replace(".default", ""): value for name, value in model.named_parameters() if value.requires_grad}
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    return {name.replace(".modules_to_save", "").replace(".default", ""): value for name, value in trained.items()}
+
+
+def in_files(model: ml.Model, key: str, array: np.ndarray) -> np.ndarray:
+    """An array of adapter "a" or of its shape, the way that files and PEFT have it: GPT-2's weights transposed."""
+    own = model._adapters.own["a"].get(key.removeprefix(ml.model.PEFT_PREFIX))
+    return array if own is None else own.as_in_files(array)
 
 
 def peft_pair(
     path: Path, config: ml.LoraConfig, dtype: str = "float64", zero_B: bool = False, seed: int = 0
 ) -> tuple[ml.Model, Any]:
-    """One base with one adapter, here (as "a") and in PEFT; A and B are random, or B zero, and the same in both."""
+    """One base with one adapter, here (as "a") and in PEFT, with the same values: all random, or as training starts.
+
+    zero_B: B is zero (of an embedding A), and what is trained whole is the base's.
+    """
     ours = ml.load_model(path, dtype=dtype)
     theirs = peft.get_peft_model(reference_model(path, dtype), peft_config(config))
     ours.add_adapter("a", config)
@@ -118,11 +130,15 @@ def peft_pair(
     assert set(mine) == set(parameters)
     random = np.random.default_rng(seed)
     for key, tensor in mine.items():
-        assert tensor.shape == tuple(parameters[key].shape), key
-        start = np.zeros(tensor.shape) if zero_B and ".lora_B." in key else random.normal(0, 0.3, tensor.shape)
+        assert in_files(ours, key, tensor.data).shape == tuple(parameters[key].shape), key
+        if zero_B and ".lora_" not in key:
+            assert np.array_equal(in_files(ours, key, tensor.data), parameters[key].detach())
+            continue
+        zero = zero_B and (".lora_B." in key or key.endswith("lora_embedding_A"))
+        start = np.zeros(tensor.shape) if zero else random.normal(0, 0.3, tensor.shape)
         tensor.data[...] = start
         with torch.no_grad():
-            parameters[key].copy_(torch.from_numpy(start))
+            parameters[key].copy_(torch.from_numpy(in_files(ours, key, start)))
     return ours, theirs
 
 

@@ -36,7 +36,8 @@ class LoraEmbedding(LoraLayer):
         }
         for asked in (text for text, is_asked in refused.items() if is_asked):
             raise MiniloraError(f"{path} is an embedding, which takes plain LoRA only, found {asked}: leave one out")
-        super().__init__(module, config.with_changes(init="zeros", dropout=0.0), path, dtype, random, seed)
+        plain = config.with_changes(init="zeros", dropout=0.0)
+        super().__init__(module, plain, path, dtype, random, seed)  # type: ignore[arg-type]  # no Linear, but as wide
         if config.init != "zeros":
             start = random.normal(0.0, 1.0, self.lora_B.shape).astype(dtype)
             self.lora_B.data = to_device(start, module.weight.device)
