@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 STORED = "stored"  # for load_model's dtype: as the file has it
 
 
+STORED = "stored"  # for load_model's dtype: as the file has it
+
+
 def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Model:
     """A pretrained model: a Hugging Face directory, a GGUF file, "mini" (in the package), "smollm2", or a hub id.
 
@@ -448,8 +451,8 @@ class Model:
 
         quantised: what merging makes of weights that are held quantised, "dequantise" (float32, exact) or "requantise"
         (quantised again); the result says what the latter lost, by parameter: relative error, and size of the update.
-        Raises MiniloraError, with nothing changed, where a weight is quantised and no choice was made, and where a value
-        would not be finite.
+        Raises MiniloraError, with nothing changed, where a weight is quantised and no choice was made, and where a
+        value would not be finite.
         """
         self._changes += 1
         roundings = self._merge.merge(self._adapters, self._adapters.weighted(which), quantised)

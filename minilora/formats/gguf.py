@@ -54,11 +54,15 @@ class GGUFEntry:
 
     def array(self) -> np.ndarray:
         """Plain floats as stored (a read-only view where no row moved), blocks as new float32; rows in HF's order."""
+        values = self.tensor.decode(self.stored())
+        return values.T if self.transposed else values
+
+    def stored(self) -> np.ndarray:
+        """The file's own array, blocks as bytes (out, bytes of a row): a view where no row moved; rows in HF's order."""
         stored = self.tensor.stored()
         if self.heads is not None:
             stored = restore_rows(stored, self.heads)  # blocks lie within a row, so rows can move undecoded
-        values = self.tensor.decode(stored)
-        return values.T if self.transposed else values
+        return stored
 
 
 def architecture_of(file: GGUFFile) -> Architecture:

@@ -1,6 +1,6 @@
 """Matrices that stay in GGUF's blocks in memory: `BlockWeight`, a frozen weight of 4.5 to 8.5 bits an entry.
 
-A block is 32 consecutive entries of a row: an integer q for each and a float16 scale d for all, in Q4_1 a minimum m too.
+A block is 32 consecutive entries of a row: an integer q for each, a float16 scale d for all, in Q4_1 a minimum m too.
     Q8_0   w = d · q          q in −128 … 127
     Q4_0   w = d · (q − 8)    q in 0 … 15, two to a byte: byte j has entry j in its low half and j + 16 in its high half
     Q4_1   w = d · q + m      q in 0 … 15
@@ -14,16 +14,18 @@ Axes: N tokens, in and out the layer's widths, K = in / 32 blocks of a row.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..backend import Array, array_module, cast, in_parts, matmul, to_device
+from ..backend import FLOAT_DTYPES, Array, array_module, cast, in_parts, matmul, to_device
 from ..ops import CompressedWeight
+from .gguf import GGUFEntry
 
 BLOCK = 32  # entries
-TILE = 1 << 17  # entries that are decoded at a time: half a MiB in float32, so that a core's cache holds them
+TILE = 1 << 18  # entries that are decoded at a time: one MiB in float32, so that a core's cache holds them
 TILE_ON_A_GPU = 1 << 24
 
 
@@ -123,6 +125,14 @@ class BlockWeight(CompressedWeight):
         wide = np.ascontiguousarray(np.ascontiguousarray(scales).view(np.float16).transpose(1, 2, 0))
         return cls(form, to_device(held.view(np.int8) if form.bits == 8 else held, device), to_device(wide, device))
 
+    def __str__(self) -> str:
+        return self.form.name
+
+    @property
+    def T(self) -> _Transposed:
+        """Wᵀ, for checkpoints that hold a layer's weight as (in, out): there to be turned back."""
+        return _Transposed(self)
+
     def rows(self) -> Array:
         """The bytes as a GGUF file has them, (out, bytes of a row) uint8."""
         xp = array_module(self.quants)
@@ -195,3 +205,28 @@ class BlockWeight(CompressedWeight):
 
     def _tile_entries(self) -> int:
         return TILE if array_module(self.quants) is np else TILE_ON_A_GPU
+
+
+class _Transposed:
+    """A BlockWeight under its transpose's shape (in, out), from which `.T` gives it back."""
+
+    def __init__(self, weight: BlockWeight) -> None:
+        self.T, self.shape, self.dtype, self.storage = weight, weight.shape[::-1], weight.dtype, weight.storage
+
+
+def held_in_blocks(entry: GGUFEntry, device: str) -> BlockWeight | _Transposed | None:
+    """A GGUF's tensor as it is stored, on the device; None where it is no matrix in blocks of one of FORMS.
+
+    Blocks of other types are decoded to float32 by the caller, which is said once.
+    """
+    if len(entry.shape) != 2 or entry.dtype in FLOAT_DTYPES:
+        return None
+    if entry.dtype not in FORMS:
+        warnings.warn(
+            f"{entry.path} has {entry.dtype} tensors, which are decoded to float32: "
+            f"{', '.join(FORMS)} are what can be held as stored",
+            stacklevel=3,
+        )
+        return None
+    weight = BlockWeight.from_rows(FORMS[entry.dtype], entry.stored(), device)
+    return weight.T if entry.transposed else weight

@@ -1,4 +1,6 @@
-"""LoRA: which layers (targets), which matrices (layer), many adapters on one base (adapters), several made one (combine), merging (merge)."""
+"""LoRA: which layers (targets), which matrices (layer), many adapters on one base (adapters), one made of several
+(combine), merging (merge).
+"""
 
 from .adapters import PEFT_PREFIX, Adapters
 from .combine import Combination, combine

@@ -105,8 +105,8 @@ def _terms(adapters: Adapters, weights: Mapping[str, float]) -> dict[str, Terms]
     for name in used:
         if adapters.own[name]:
             raise MiniloraError(
-                f"adapter {name!r} has parameters of its own ({next(iter(adapters.own[name]))}), expected A and B alone: "
-                "those of two adapters have no sum that an adapter could hold"
+                f"adapter {name!r} has parameters of its own ({next(iter(adapters.own[name]))}), expected A and B "
+                "alone: the others have no sum that an adapter could hold"
             )
     found: dict[str, Terms] = {}
     for name, weight in used.items():

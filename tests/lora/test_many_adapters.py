@@ -1,4 +1,4 @@
-"""K adapters trained at once on one base, against K runs of their own: gradients, whole trainings, and what is refused."""
+"""K adapters trained at once on one base, against K runs of their own: gradients, whole trainings, what is refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ STEPS = 12
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_trainings_side_by_side_are_the_trainings_of_each_alone(checkpoint, chunk, monkeypatch):
-    """Parameters, moments, step counts, losses and norms after 12 steps: accumulation, clipping, dropout and absences."""
+    """Parameters, moments, step counts, losses, norms after 12 steps: accumulation, clipping, dropout and absences."""
     if chunk is not None:
         monkeypatch.setattr(ml.ops.loss, "CHUNK_ENTRIES", chunk * tiny.VOCABULARY)
     together = base()
@@ -118,9 +118,7 @@ def test_an_adapter_without_a_label_in_a_step_takes_none_whatever_optimises_it()
         network = base()
         network.set_adapter(rows=NAMES)
         parameters = network.parameters() if single else None
-        optimiser = (
-            ml.AdamW(parameters) if single else {n: ml.AdamW(network.adapter_parameters(n)) for n in NAMES}
-        )
+        optimiser = ml.AdamW(parameters) if single else {n: ml.AdamW(network.adapter_parameters(n)) for n in NAMES}
         step = ml.TrainStep(network, optimiser)
         step(tokens, labels, rows=NAMES)
         before = {name: arrays(network, name) for name in NAMES}
@@ -173,7 +171,10 @@ def test_generation_by_rows_right_after_a_training_pass_has_no_dropout():
     ("act", "message"),
     [
         (lambda m, o: ml.TrainStep(m, {}), "found no optimiser"),
-        (lambda m, o: ml.TrainStep(m, {"a": o["b"], "b": o["a"]}), "optimiser of adapter 'a' has .* no parameter of that"),
+        (
+            lambda m, o: ml.TrainStep(m, {"a": o["b"], "b": o["a"]}),
+            "optimiser of adapter 'a' has .* no parameter of that",
+        ),
         (lambda m, o: ml.TrainStep(m, {"d": o["a"]}), "no adapter 'd'"),
         (lambda m, o: ml.TrainStep(m, o, max_grad_norm={"d": 1.0}), "max_grad_norm names 'd'"),
         (lambda m, o: ml.TrainStep(m, o)(tiny.tokens()), r"one adapter for all rows .* expected rows=\[...\]"),
