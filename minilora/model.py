@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 STORED = "stored"  # for load_model's dtype: as the file has it
 
 
-STORED = "stored"  # for load_model's dtype: as the file has it
-
-
 def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Model:
     """A pretrained model: a Hugging Face directory, a GGUF file, "mini" (in the package), "smollm2", or a hub id.
 

@@ -48,9 +48,9 @@ class TrainStep:
         step = TrainStep(model, {"a": AdamW(model.adapter_parameters("a")), "b": AdamW(model.adapter_parameters("b"))})
         losses = step(tokens, labels, rows=["a", "b", "b"])    # {"a": its loss, "b": its loss}
 
-    Each adapter then trains as in a run of its own on its own rows: the mean over its own label tokens, its own clipping
-    (max_grad_norm may be a dict, too), its own Adam step, its own dropout masks. One that has no label in a step takes
-    none. Losses and grad_norm are dicts by adapter.
+    Each adapter then trains as in a run of its own on its own rows: the mean over its own label tokens, its own
+    clipping (max_grad_norm may be a dict, too), its own Adam step, its own dropout masks. One that has no label in a
+    step takes none. Losses and grad_norm are dicts by adapter.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class TrainStep:
         arrays = [array for batch in prepared for array in batch.arrays()]
         shapes = tuple((array.shape, array.dtype.str) for array in arrays)
         addresses = tuple(parameter.data.data.ptr for parameter in parameters)
-        selections = tuple(batch.rows for batch in batches)
+        selections = tuple(None if batch.rows is None else tuple(batch.rows) for batch in batches)
         key = (shapes, addresses, selections, *self.model.recording_key())
 
         def step(on_device: list[Array]) -> tuple[dict[str, Array], list[Array | None]]:

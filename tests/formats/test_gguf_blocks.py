@@ -225,9 +225,9 @@ def test_a_training_run_on_blocks_lowers_the_loss_and_changes_no_byte_of_them(pa
 
 
 def test_gpt2_keeps_its_blocks_through_the_transpose(tmp_path):
-    config = tiny.gpt2(vocab_size=texts.VOCABULARY, n_embd=64, n_inner=96, n_head=4)
+    config = tiny.gpt2(vocab_size=texts.MERGED, n_embd=64, n_inner=96, n_head=4)
     model = ml.new_model(config, dtype="float32", std=0.3)
-    model.tokenizer = texts.byte_tokenizer()
+    model.tokenizer = texts.merging_tokenizer()
     model.save_gguf(tmp_path / "gpt2.gguf", "q8_0")
     stored, dense = (ml.load_model(tmp_path / "gpt2.gguf", dtype=dtype) for dtype in ("stored", None))
     assert blocks_of(stored)["transformer.h.0.attn.c_attn.weight"].shape == (192, 64)
