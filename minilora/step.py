@@ -17,11 +17,11 @@ import numpy as np
 
 from .backend import Array
 from .errors import MiniloraError
-from .models.causal_lm import NO_LABEL, Batch
+from .models.causal_lm import IGNORED, NO_LABEL, Batch
 from .optim import AdamW, clip_grad_norm, global_norm
 
-
 LABEL_BUCKETS = 16  # a recorded step takes the number of labelled positions as a multiple of a 16th of all positions
+LENGTH_BUCKET = 64  # and its rows at a length that is a multiple of this: few recordings serve all lengths
 
 
 class MicroBatch(NamedTuple):
@@ -108,6 +108,8 @@ class TrainStep:
         prepared = []
         for batch in batches:
             self._select(batch)
+            if recorded:
+                batch = lengthened(batch, self.model.config.max_position_embeddings)
             bucket = max(1, np.size(batch.tokens) // LABEL_BUCKETS) if recorded else 1
             prepared.append(self.model.loss_batch(*batch[:3], normaliser=total, bucket=bucket))
         if recorded:
@@ -184,6 +186,24 @@ class TrainStep:
         for name in {name for batch in batches for name in batch.rows or () if name is not None} - set(losses):
             for parameter in self.model.adapter_parameters(name).values():
                 parameter.grad = None
+
+
+def lengthened(batch: MicroBatch, most: int) -> MicroBatch:
+    """The rows made a multiple of LENGTH_BUCKET long, `most` at most, by positions behind them without a label.
+
+    No earlier position attends to them, so they change nothing.
+    """
+    length = np.shape(batch.tokens)[1]
+    more = min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, most) - length
+    if more <= 0:
+        return batch
+
+    def longer(rows: Any, value: int) -> np.ndarray:
+        return np.pad(np.asarray(rows), ((0, 0), (0, more)), constant_values=value)
+
+    labels = longer(batch.tokens if batch.labels is None else batch.labels, IGNORED)
+    segments = None if batch.segments is None else longer(batch.segments, 0)
+    return MicroBatch(longer(batch.tokens, 0), labels, segments, batch.rows)
 
 
 def check_optimisers(model: Any, optimisers: Mapping[str, AdamW]) -> None:

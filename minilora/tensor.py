@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import Array, array_module, device_of, to_numpy
+from .backend import FLOAT_DTYPES, Array, array_module, device_of, to_numpy
 
 _creation = itertools.count()  # a node's number: creation order is a topological order
 _recording = True  # False inside no_grad()
@@ -66,7 +66,7 @@ class Tensor:
         self.grad: Array | None = None
         self.trained = requires_grad
         self.source: tuple[Node, int] | None = None  # the node that made it, and which of its outputs it is
-        if requires_grad and self.data.dtype.kind != "f":
+        if requires_grad and self.data.dtype.name not in FLOAT_DTYPES:
             raise TypeError(
                 f"a Tensor of dtype {self.data.dtype} cannot require a gradient: convert it to a float dtype"
             )

@@ -214,7 +214,7 @@ class CausalLM(Module):
             index = np.flatnonzero(own.reshape(-1) != IGNORED)
             more = -len(index) % bucket
             if more:
-                index = np.concatenate([index, np.flatnonzero(own.reshape(-1) == IGNORED)[:more]])
+                index = np.sort(np.concatenate([index, np.flatnonzero(own.reshape(-1) == IGNORED)[:more]]))
             weight = np.where(own.reshape(-1)[index] != IGNORED, weights.reshape(-1)[index], 0.0)
             labelled[name] = Labelled(
                 index=index if len(index) < own.size else None,

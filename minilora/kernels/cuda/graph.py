@@ -2,12 +2,13 @@
 
 A step of a small model is hundreds of launches that each cost more host time than GPU time; a replay costs one. What is
 recorded are addresses: the inputs are copied to where the recording reads them, and everything made on the way lies in
-a memory pool that nothing else uses, so that a replay overwrites nobody's data. The first step of a shape runs launch
-by launch (kernels are compiled, what is kept from step to step is made), the second is recorded.
+a memory pool that nothing else uses, so that a replay overwrites nobody's data. The first two steps of a shape run
+launch by launch (kernels are compiled, what is kept from step to step is made), the third is recorded.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ import numpy as np
 
 from ...backend import Array
 
-MOST = 8  # recordings that are kept, the latest used ones
+MOST = 16  # recordings that are kept, the latest used ones
+UNRECORDED = 2  # steps of a shape before it is recorded
 
 
 class Recording(NamedTuple):
-    """graph: what is replayed. inputs: where it reads. results: what `run` returned. held: what else must stay alive."""
+    """graph: what is replayed. inputs: where it reads. results: what `step` returned. held: what else it reads."""
 
     graph: Any
     inputs: list[Array]
@@ -35,7 +37,7 @@ class Recorder:
         self.pool = cupy.cuda.MemoryPool()
         self.stream = cupy.cuda.Stream()  # one that waits for the default stream, and that one for it
         self.recordings: dict[Hashable, Recording] = {}
-        self.seen: set[Hashable] = set()
+        self.seen: Counter[int] = Counter()
 
     def run(
         self, key: Hashable, inputs: Sequence[np.ndarray], step: Callable[[list[Array]], Any], held: Callable[[], Any]
@@ -47,8 +49,8 @@ class Recorder:
         """
         if key not in self.recordings:
             with cupy.cuda.using_allocator(self.pool.malloc), self.stream:
-                if key not in self.seen:
-                    self.seen.add(key)
+                self.seen[hash(key)] += 1
+                if self.seen[hash(key)] <= UNRECORDED:
                     return step([cupy.asarray(array) for array in inputs])
             while len(self.recordings) >= MOST:
                 del self.recordings[next(iter(self.recordings))]

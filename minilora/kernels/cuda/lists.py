@@ -1,6 +1,6 @@
-"""One launch over all adapters: AdamW, the gradients' norm, clipping, and rounding A and B for a pass. Kernels: lists.cu.
+"""One launch over all adapters: AdamW, the gradients' norm, clipping, and rounding A and B for a pass.
 
-What they compute: optim.py.
+What they compute: optim.py. The kernels and their roofline: lists.cu.
 """
 
 from __future__ import annotations
