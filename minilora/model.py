@@ -400,7 +400,7 @@ class Model:
         from .formats.peft import write_adapter
 
         layers = self._adapters.layers(name)
-        config, values = self._adapters.saved(name)
+        config, values = self.saved_adapter(name)
         write_adapter(
             Path(path),
             config,
@@ -411,6 +411,14 @@ class Model:
             ),
             fan_in_fan_out=any(getattr(self._adapters.adaptable[layer], "conv1d", False) for layer in layers),
         )
+
+    def saved_adapter(self, name: str) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+        """What `save_adapter` writes: the configuration that PEFT is told, and the arrays by PEFT key, on the host.
+
+        It is another one than `adapters[name]` where PEFT does not know the variant: PiSSA is plain LoRA of twice the
+        rank.
+        """
+        return self._adapters.saved(name)
 
     def set_adapter(
         self, which: str | Mapping[str, float] | None = None, rows: Sequence[str | None] | None = None

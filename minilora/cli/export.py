@@ -91,15 +91,14 @@ def check_out(out: Path, format: Format, sources: list[Path], overwrite: bool) -
 
 def write_adapter(name: str, adapter: Path, format: Format, out: Path) -> None:
     """Load the adapter onto its base, which checks that it fits, and write it."""
-    from ..backend import to_numpy
     from ..formats import gguf_adapter, mlx
 
     model = open_model(name, [adapter], "cpu", None)
     if format is Format.PEFT:
         model.save_adapter("0", out)
         return
-    tensors = {key: to_numpy(tensor.data) for key, tensor in model.adapter_parameters("0").items()}
-    config, tied = model.adapters["0"], model.network.head_is_tied
+    config, tensors = model.saved_adapter("0")
+    tied = model.network.head_is_tied
     if format is Format.MLX:
         mlx.write_adapter(out, config, tensors, model.config, tied, base_model=model.source)
     else:

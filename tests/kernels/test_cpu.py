@@ -62,6 +62,13 @@ def large_calls() -> dict[str, Call]:
         "rms_norm": Call((normal(3, 211, 97), normal(97)), {"eps": 1e-5}),
         "linear": Call((normal(2, 613, 45), normal(83, 45), normal(83))),
         "lora_linear": Call((normal(2, 613, 45), normal(83, 45), None, normal(4, 45), normal(83, 4)), {"scale": 0.5}),
+        "lora_linears": Call(
+            (normal(2, 613, 45), normal(83, 45), None, normal(4, 45), normal(83, 4))
+            + (normal(9, 45), normal(9), None, None, normal(21, 45), None, normal(3, 45), normal(21, 3)),
+            {"scales": (0.5, 0.0, -2.0)},
+        ),
+        "with_magnitude": Call((normal(3, 211, 97), normal(97), normal(97)), {"norm": rng.uniform(0.5, 2, 97)}),
+        "add_rms_norm": Call((normal(3, 211, 97), normal(3, 211, 97), normal(97)), {"eps": 1e-5}),
         "attention": Call(
             (normal(2, 301, 6, 16), normal(2, 301, 2, 16), normal(2, 301, 2, 16)), {"scale": 0.25, "segments": segments}
         ),

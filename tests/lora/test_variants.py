@@ -359,6 +359,21 @@ def test_the_norms_of_a_frozen_weight_are_made_once_and_of_a_trained_one_each_ti
     assert tiny.relative_error(layer.norm(linear), np.linalg.norm(direct, axis=1)) < 1e-14
 
 
+def test_generating_reads_W_once_and_notices_what_training_changed_in_place():
+    network = adapted("dora")
+    path = "model.layers.0.mlp.up_proj"
+    linear, layer = network._adapters.linears[path], network._adapters.layers("a")[path]
+    with ml.no_grad():
+        first = layer.norm(linear)
+        assert layer.norm(linear) is first
+        for tensor in (layer.lora_A, layer.lora_B):
+            tensor.data *= 1.5
+            direct = linear.weight.data + layer.scale * layer.lora_B.data @ layer.lora_A.data
+            assert tiny.relative_error(layer.norm(linear), np.linalg.norm(direct, axis=1)) < 1e-14
+        linear.weight.data = 2 * linear.weight.data
+        assert tiny.relative_error(layer.norm(linear), first) > 0.1
+
+
 def test_the_rows_of_a_merged_weight_have_the_magnitudes_for_norms():
     network = adapted("dora", "gpt2")
     layers = network._adapters.layers("a")
