@@ -22,7 +22,7 @@ COMMANDS = {  # name -> the first sentence of its help
     "train": "Fine-tune a model: train a low-rank adapter on your examples, the base staying as it is.",
     "eval": "Measure loss, perplexity and exact match on a data set, for the base and for each adapter.",
     "generate": "Continue a text or answer a message, with or without adapters.",
-    "merge": "Merge an adapter into its base and write the result as a Hugging Face directory.",
+    "merge": "Merge adapters into their base and write the result as a Hugging Face directory.",
     "export": "Write an adapter in another tool's format, after checking that it fits its base.",
     "gradcheck": "Check the gradients of your model and adapter against finite differences, in float64.",
     "inspect": "Show what a model, an adapter or a GGUF file holds: shapes, dtypes, sizes, ranks, norms.",

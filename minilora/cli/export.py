@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import MiniloraError
 from .console import note
-from .options import ModelName, open_model
+from .options import AdapterDirectories, ModelName, Weights, open_model, weights_of
+
+if TYPE_CHECKING:
+    from ..model import Model
 
 
 class Format(StrEnum):
     PEFT = "peft"
     MLX = "mlx"
     GGUF = "gguf"
+
+
+class How(StrEnum):
+    CAT = "cat"
+    SVD = "svd"
 
 
 class Dtype(StrEnum):
@@ -36,12 +44,16 @@ def command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="What to write: a directory, or with gguf a file.")],
-    adapter: Annotated[
-        Path | None,
+    adapter: AdapterDirectories = None,
+    weight: Weights = None,
+    combination: Annotated[
+        How | None,
         typer.Option(
-            help="An adapter: a directory (PEFT, mlx-lm) or a .gguf file. With --format gguf it may be left out: the "
-            "model itself is then written, which llama.cpp needs beside the adapter."
+            help="How several adapters become one. cat: exact, their ranks add up (default); svd: the nearest of --rank."
         ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="With svd: the rank. Default: the largest among the adapters of a layer.")
     ] = None,
     merged: Annotated[
         bool, typer.Option("--merged", help="With gguf: the whole model with the adapter merged into it.")
@@ -53,11 +65,14 @@ def command(
 ) -> None:
     """Write an adapter in another tool's format, after checking that it fits its base.
 
-    The formats can also be read: --adapter takes a directory of PEFT or mlx-lm, or a GGUF adapter. With --format gguf a
-    whole model is written too: the base (without --adapter) or the merged one (--merged).
+    The formats can also be read: --adapter takes a directory of PEFT or mlx-lm, or a GGUF adapter. Several adapters
+    become one: the sum of their updates, each times its --weight. With --format gguf a whole model is written too: the
+    base (without --adapter, which llama.cpp needs beside an adapter) or the merged one (--merged).
     """
-    whole = format is Format.GGUF and (merged or adapter is None)
-    if adapter is None and (merged or not whole):
+    adapters = list(adapter or [])
+    weights = weights_of(adapters, weight)
+    whole = format is Format.GGUF and (merged or not adapters)
+    if not adapters and (merged or not whole):
         raise typer.BadParameter("is missing: give the adapter", param_hint="--adapter")
     if merged and not whole:
         raise typer.BadParameter(
@@ -66,16 +81,33 @@ def command(
         )
     if dtype is not None and not whole:
         raise typer.BadParameter("goes with a whole model: --format gguf and --merged", param_hint="--dtype")
-    check_out(out, format, [Path(model), *([] if adapter is None else [adapter])], overwrite)
+    if combination is not None and (whole or not (len(adapters) > 1 or weight)):
+        raise typer.BadParameter("goes with several adapters, or a --weight", param_hint="--combination")
+    if rank is not None and combination is not How.SVD:
+        raise typer.BadParameter("goes with --combination svd", param_hint="--rank")
+    check_out(out, format, [Path(model), *adapters], overwrite)
     if whole:
-        rounding = write_model(model, adapter, out, dtype or Dtype.F16)
+        rounding = write_model(model, adapters, weights, out, dtype or Dtype.F16)
         typer.echo(
             f"wrote {out} ({dtype or Dtype.F16}; rounding moved no matrix by more than {rounding:.2g} of its norm)"
         )
         return
-    assert adapter is not None
-    write_adapter(model, adapter, format, out)
+    loaded = open_model(model, adapters, "cpu", None)
+    name = "0"
+    if len(adapters) > 1 or weight:
+        name = combined(loaded, weights, combination or How.CAT, rank)
+    write_adapter(loaded, name, format, out, "-".join(path.resolve().name for path in adapters))
     typer.echo(f"wrote {out}")
+
+
+def combined(model: Model, weights: dict[str, float], combination: How, rank: int | None) -> str:
+    """The name of the adapter that the weighted ones become on the model; says its rank and what it lost."""
+    report = model.combine_adapters("combined", weights, combination, rank)
+    ranks = sorted(set(report.ranks.values()))
+    loss = "exact" if combination is How.CAT else f"relative error {report.relative_error:.3g}"
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    note(f"{len(weights)} adapters combined by {combination}: {span}, {loss}")
+    return "combined"
 
 
 def check_out(out: Path, format: Format, sources: list[Path], overwrite: bool) -> None:
@@ -89,33 +121,32 @@ def check_out(out: Path, format: Format, sources: list[Path], overwrite: bool) -
         raise MiniloraError(f"--out {out} is there already: choose another name, or give --overwrite")
 
 
-def write_adapter(name: str, adapter: Path, format: Format, out: Path) -> None:
-    """Load the adapter onto its base, which checks that it fits, and write it."""
+def write_adapter(model: Model, name: str, format: Format, out: Path, title: str) -> None:
+    """Write the adapter `name`, which fits its base, under a title where the format has one."""
     from ..formats import gguf_adapter, mlx
 
-    model = open_model(name, [adapter], "cpu", None)
     if format is Format.PEFT:
-        model.save_adapter("0", out)
+        model.save_adapter(name, out)
         return
-    config, tensors = model.saved_adapter("0")
+    config, tensors = model.saved_adapter(name)
     tied = model.network.head_is_tied
     if format is Format.MLX:
         mlx.write_adapter(out, config, tensors, model.config, tied, base_model=model.source)
     else:
-        gguf_adapter.write_adapter(out, config, tensors, model.config, tied, name=adapter.resolve().name)
+        gguf_adapter.write_adapter(out, config, tensors, model.config, tied, name=title)
 
 
-def write_model(name: str, adapter: Path | None, out: Path, dtype: Dtype) -> float:
-    """The base, or base and adapter merged (and compared on a probe batch), as one GGUF file."""
+def write_model(name: str, adapters: list[Path], weights: dict[str, float], out: Path, dtype: Dtype) -> float:
+    """The base, or base and adapters merged (and compared on a probe batch), as one GGUF file."""
     from ..formats.gguf_write import window_note
 
-    if adapter is None:
+    if not adapters:
         model = open_model(name, [], "cpu", None)
     else:
         from .merge import merge
 
-        model = open_model(name, [adapter], "cpu", "float32")
-        merge(model, None, None)
+        model = open_model(name, adapters, "cpu", "float32")
+        merge(model, None, None, weights)
     if about_window := window_note(model.config):
         note(f"note: {about_window}")
     return model.save_gguf(out, dtype)

@@ -234,7 +234,7 @@ def test_gpt2_keeps_its_blocks_through_the_transpose(tmp_path):
     tokens = tiny.tokens()
     assert tiny.relative_error(stored.logits(tokens), dense.logits(tokens)) < 1e-5
     stored.save(tmp_path / "saved")
-    assert np.array_equal(ml.load_model(tmp_path / "saved").logits(tokens), dense.logits(tokens))
+    assert tiny.relative_error(ml.load_model(tmp_path / "saved").logits(tokens), dense.logits(tokens)) < 1e-5
 
 
 def test_blocks_of_another_type_are_decoded_and_that_is_said(write_gguf):
