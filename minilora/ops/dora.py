@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from ..backend import Array
+from ..backend import Array, cast
 from ..tensor import primitive
 from .linalg import rows
 
@@ -23,15 +23,16 @@ def with_magnitude(z: Array, magnitude: Array, bias: Array | None, *, norm: Arra
     Kept for dm is z. Its one alternative is to make it again, a product with W more where a step has two; from the kept
     y, (y − b) / c has no digits where m is near 0 or b large.
     """
-    factor = magnitude / norm
-    y = z * factor
+    factor, dtype = magnitude / norm, z.dtype  # activations may be narrower than what is trained
+    y = cast(z, factor.dtype) * factor
     if bias is not None:
         y += bias
     z = z if needs[1] else None
 
     def vjp(dy):
-        dz = dy * factor if needs[0] else None
-        d_magnitude = rows(dy * z).sum(axis=0) / norm if needs[1] else None
-        return dz, d_magnitude, (rows(dy).sum(axis=0) if needs[2] else None)
+        g = cast(dy, factor.dtype)
+        dz = cast(g * factor, dtype) if needs[0] else None
+        d_magnitude = rows(g * cast(z, g.dtype)).sum(axis=0) / norm if needs[1] else None
+        return dz, d_magnitude, (rows(g).sum(axis=0) if needs[2] else None)
 
-    return y, vjp
+    return cast(y, dtype), vjp

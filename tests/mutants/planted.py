@@ -963,4 +963,196 @@ KERNELS = [
     ),
 ]
 
-MUTANTS = [*ARITHMETIC, *MATRICES, *MOVES, *FUSED, *ATTENTION, *LORA, *NETWORK, *TAPE, *OPTIMISER, *CHECK, *KERNELS]
+
+def variant(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/lora/test_variants.py::test_{name}" for name in names)
+
+
+VARIANTS = [
+    Mutant(
+        "ops/dora.py",
+        "cast(g * factor, dtype)",
+        "cast(g, dtype)",
+        "DoRA: dz without m / n",
+        primitive("with_magnitude"),
+    ),
+    Mutant(
+        "ops/dora.py",
+        ".sum(axis=0) / norm if needs[1]",
+        ".sum(axis=0) if needs[1]",
+        "DoRA: dm is not divided by the norm",
+        primitive("with_magnitude"),
+    ),
+    Mutant(
+        "ops/dora.py",
+        "rows(g * cast(z, g.dtype))",
+        "rows(g * cast(y, g.dtype))",
+        "DoRA: dm from y, which has the magnitude and the bias in it",
+        primitive("with_magnitude"),
+    ),
+    Mutant(
+        "kernels/cpu/dora.py",
+        'np.sum(g[a:b], axis=0, out=sums["b"][number])',
+        'np.sum(g, axis=0, out=sums["b"][number])',
+        "DoRA's kernel: every block sums all of the bias's gradient",
+        kernel("with_magnitude"),
+    ),
+    Mutant(
+        "lora/variants/dora.py",
+        "base + 2 * s * cross + update",
+        "base + s * cross + update",
+        "DoRA: the norm's cross term is halved",
+        variant("the_norm_is_that_of_the_rows_of_W_plus_its_update"),
+    ),
+    Mutant(
+        "lora/variants/dora.py",
+        "update = s * s * (",
+        "update = s * (",
+        "DoRA: the scale is not squared in the norm",
+        variant("the_norm_is_that_of_the_rows_of_W_plus_its_update"),
+    ),
+    Mutant(
+        "lora/variants/dora.py",
+        "if weight.requires_grad or self.base_squares is None",
+        "if self.base_squares is None",
+        "DoRA: the norms of a trained weight are kept",
+        variant("the_norms_of_a_frozen_weight_are_made_once_and_of_a_trained_one_each_time"),
+    ),
+    Mutant(
+        "lora/variants/dora.py",
+        "now[1].copy(), now[2].copy(),",
+        "now[1], now[2],",
+        "DoRA: generating compares A and B with themselves",
+        variant("generating_reads_W_once_and_notices_what_training_changed_in_place"),
+    ),
+    Mutant(
+        "lora/variants/dora.py",
+        "self.magnitude, None, norm=self.norm(linear)) - base",
+        "self.magnitude, None, norm=self.norm(linear))",
+        "DoRA by row: the base is added twice",
+        variant("each_row_has_the_logits_and_gradients_of_its_own_adapter"),
+    ),
+    Mutant(
+        "lora/variants/dora.py",
+        "        if weight != 1:\n",
+        "        if weight == 0:\n",
+        "DoRA: a weight that is not 1 is forgotten",
+        variant("a_weighted_selection_is_the_weighted_sum_of_the_updates"),
+    ),
+    Mutant(
+        "lora/variants/dora.py",
+        "/ norm)[:, None] * direction - base",
+        "/ norm)[:, None] * direction",
+        "DoRA: merging adds the base twice",
+        variant("merging_leaves_the_logits_and_unmerging_restores_every_bit"),
+    ),
+    Mutant(
+        "lora/variants/dora.py",
+        "        self.held = self.norm(linear)\n",
+        "        self.held = None\n",
+        "DoRA: the norm is not held while differences are taken",
+        variant("the_gradients_are_those_of_finite_differences"),
+    ),
+    Mutant(
+        "lora/variants/pissa.py",
+        "self.start_B = left * root * math.copysign(1.0, self.scale)",
+        "self.start_B = left * root",
+        "PiSSA: the sign of a negative scale is lost",
+        variant("s_B_A_starts_as_the_best_approximation_of_that_rank"),
+    ),
+    Mutant(
+        "lora/variants/pissa.py",
+        "sqrt(values / abs(self.scale))",
+        "sqrt(values)",
+        "PiSSA: the scale is not taken out of the singular values",
+        variant("s_B_A_starts_as_the_best_approximation_of_that_rank"),
+    ),
+    Mutant(
+        "lora/variants/pissa.py",
+        "return self.start_A, -self.start_B",
+        "return self.start_A, self.start_B",
+        "PiSSA: the principal part is added again instead of subtracted",
+        variant("pissa_starts_as_the_base_to_rounding"),
+    ),
+    Mutant(
+        "lora/variants/pissa.py",
+        "ops.low_rank(x, *self.start(), scale=scale)",
+        "ops.low_rank(dropped, *self.start(), scale=scale)",
+        "PiSSA: dropout on the part that is the base's",
+        variant("dropout_is_on_what_is_trained_and_not_on_what_is_subtracted"),
+    ),
+    Mutant(
+        "lora/variants/pissa.py",
+        "self.start_A.copy(), self.start_B.copy()",
+        "self.start_A, self.start_B",
+        "PiSSA: training changes what is to be subtracted",
+        variant(
+            "merging_leaves_the_logits_and_unmerging_restores_every_bit",
+            "the_gradients_are_those_of_finite_differences",
+        ),
+    ),
+    Mutant(
+        "lora/variants/pissa.py",
+        "factor = math.sqrt(2) if config.use_rslora else 2",
+        "factor = 2",
+        "PiSSA: saved with the wrong alpha for rsLoRA",
+        variant("it_is_saved_as_plain_lora_of_twice_the_rank_at_the_same_scale"),
+    ),
+    Mutant(
+        "lora/variants/pissa.py",
+        "        directions = directions.T\n",
+        "        directions = random\n",
+        "power iterations start anew each time",
+        variant("power_iterations_come_close_to_the_largest_singular_values"),
+    ),
+    Mutant(
+        "lora/variants/lora_fa.py",
+        "self.lora_A.requires_grad = False",
+        "self.lora_A.requires_grad = True",
+        "LoRA-FA: A is trained",
+        variant("lora_fa_trains_B_only_with_the_gradient_that_lora_has"),
+    ),
+    Mutant(
+        "ops/lora.py",
+        "tokens = tokens if needs[3] else None",
+        "tokens = tokens if any(needs) else None",
+        "lora_linear: x is kept for an A that is frozen",
+        variant("backward_of_lora_fa_keeps_no_input"),
+    ),
+    Mutant(
+        "lora/variants/lora_plus.py",
+        "if name in found or tensor.ndim == 1",
+        "if tensor.ndim == 1",
+        "LoRA+: B learns at A's rate",
+        variant("the_ratio_goes_to_B_and_to_vectors"),
+    ),
+    Mutant(
+        "optim.py",
+        "lr = self.lr * self.lr_scale.get(name, 1.0)",
+        "lr = self.lr",
+        "AdamW: a parameter's own rate is forgotten",
+        variant("a_step_with_a_ratio_is_one_with_that_rate_for_B_alone"),
+    ),
+    Mutant(
+        "optim.py",
+        "w *= 1 - lr * self.weight_decay",
+        "w *= 1 - self.lr * self.weight_decay",
+        "AdamW: decay at the common rate",
+        variant("a_step_with_a_ratio_is_one_with_that_rate_for_B_alone"),
+    ),
+]
+
+MUTANTS = [
+    *ARITHMETIC,
+    *MATRICES,
+    *MOVES,
+    *FUSED,
+    *ATTENTION,
+    *LORA,
+    *NETWORK,
+    *TAPE,
+    *OPTIMISER,
+    *CHECK,
+    *KERNELS,
+    *VARIANTS,
+]
