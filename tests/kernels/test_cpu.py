@@ -25,6 +25,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(cpu.linear, "MOST_ROWS", 2)
     monkeypatch.setattr(cpu.linear, "LEAST_ROWS", 1)
     monkeypatch.setattr(cpu.linear, "WEIGHT_BLOCK", 2)
+    monkeypatch.setattr(cpu.linear, "MERGE_GAIN", 0)
     monkeypatch.setattr(cpu.attention, "BLOCK_ROWS", 1)
     monkeypatch.setattr(cpu.attention, "LEAST_STEP", 2)
     monkeypatch.setattr(cpu.attention, "BLOCK_ENTRIES", 1)
@@ -63,8 +64,11 @@ def large_calls() -> dict[str, Call]:
         "linear": Call((normal(2, 613, 45), normal(83, 45), normal(83))),
         "lora_linear": Call((normal(2, 613, 45), normal(83, 45), None, normal(4, 45), normal(83, 4)), {"scale": 0.5}),
         "lora_linears": Call(
-            (normal(2, 613, 45), normal(83, 45), None, normal(4, 45), normal(83, 4))
-            + (normal(9, 45), normal(9), None, None, normal(21, 45), None, normal(3, 45), normal(21, 3)),
+            (
+                *(normal(2, 613, 45), normal(83, 45), None, normal(4, 45), normal(83, 4)),
+                *(normal(9, 45), normal(9), None, None),
+                *(normal(21, 45), None, normal(3, 45), normal(21, 3)),
+            ),
             {"scales": (0.5, 0.0, -2.0)},
         ),
         "with_magnitude": Call((normal(3, 211, 97), normal(97), normal(97)), {"norm": rng.uniform(0.5, 2, 97)}),

@@ -139,8 +139,8 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, segments: Array | N
     def vjp(do):
         dq = empty(q.shape, q.dtype)
         # A task takes every nth block of queries of its row and heads, and adds up its own dk and dv.
-        splits = min(len(starts), max(1, -(-4 * thread_count() // (len(rows) * len(parts)))))
-        dk, dv = (np.empty((splits, *k.shape), k.dtype) for _ in range(2))
+        splits = min(len(starts), max(1, -(-2 * thread_count() // (len(rows) * len(parts)))))
+        dk, dv = (empty((splits, *k.shape), k.dtype) for _ in range(2))
 
         def backward(row: int, part: slice, split: int) -> None:
             heads = len(range(*part.indices(blocks.kv_heads)))

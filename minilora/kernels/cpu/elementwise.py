@@ -6,10 +6,10 @@ import numpy as np
 
 from ... import ops
 from ...backend import Array, cast
-from .memory import empty_like, remember
+from .memory import empty_like, remember, remember_scaled
 from .threads import parallel_rows, scratch
 
-BLOCK_ENTRIES = 1 << 16  # of one array in a block (256 KiB in float32): a few of them fit the second-level cache
+BLOCK_ENTRIES = 1 << 18  # of one array in a block: smaller ones stay in a nearer cache, but threads meet more often
 LEAST_ENTRIES = 1 << 14  # below it a second thread costs more than it saves
 
 
@@ -56,8 +56,12 @@ def sigmoid_into(x: np.ndarray, out: np.ndarray) -> None:
 
 
 def silu_mul_into(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
-    sigmoid_into(gate, out)
-    out *= gate
+    """out = gate / (1 + e⁻ᵍᵃᵗᵉ) · up."""
+    np.negative(gate, out=out)
+    with np.errstate(over="ignore"):
+        np.exp(out, out=out)
+    out += 1
+    np.divide(gate, out, out=out)
     out *= up
 
 
@@ -70,17 +74,16 @@ def silu_mul_rows(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
 
 
 def silu_mul_vjp_into(gate: np.ndarray, up: np.ndarray, dh: np.ndarray, dgate: np.ndarray, dup: np.ndarray) -> None:
-    """dup = dh · t and dgate = dh · up · (σ + t − t σ) with t = gate σ; dup may be dh's own memory."""
+    """dup = dh · t and dgate = dh · up · σ (1 + gate − t) with t = gate σ; dup may be dh's own memory."""
     s = scratch("sigmoid", gate.shape, gate.dtype)
     t = scratch("silu", gate.shape, gate.dtype)
     sigmoid_into(gate, s)
     np.multiply(gate, s, out=t)
     np.multiply(dh, up, out=dgate)
     np.multiply(dh, t, out=dup)
-    np.subtract(1, s, out=s)  # σ + t − t σ = t (1 − σ) + σ
+    np.subtract(gate, t, out=t)
+    t += 1
     t *= s
-    np.subtract(1, s, out=s)
-    t += s
     dgate *= t
 
 
@@ -131,6 +134,10 @@ def norm_applies(x: Array, *parameters: Array, eps: float) -> bool:
     return has_rows(x) and all(isinstance(parameter, np.ndarray) for parameter in parameters)
 
 
+def same_rows(x: Array, delta: Array | None) -> bool:
+    return delta is None or of_one_shape(x, delta)
+
+
 @ops.rms_norm.kernel("cpu", norm_applies)
 def rms_norm(x: Array, weight: Array, *, eps: float, needs: tuple[bool, bool]):
     shape = x.shape
@@ -150,13 +157,46 @@ def rms_norm(x: Array, weight: Array, *, eps: float, needs: tuple[bool, bool]):
             dweight = (dy * (x * inverse)).sum(axis=0)
         return dx, dweight
 
-    def again(a: int, b: int, out: np.ndarray) -> None:
-        np.multiply(x[a:b], inverse[a:b], out=out)
-        out *= weight
+    result = y.reshape(shape)
+    remember_scaled(result, x, inverse, weight)
+    return result, vjp
+
+
+@ops.add_rms_norm.kernel("cpu", lambda x, delta, weight, **_: norm_applies(x, weight, eps=0) and same_rows(x, delta))
+def add_rms_norm(x: Array, delta: Array | None, weight: Array, *, eps: float, needs: tuple[bool, bool, bool]):
+    shape = x.shape
+    (x,) = flat(x)
+    weight = cast(weight, x.dtype)
+    s = x if delta is None else empty_like(x)
+    y, inverse = empty_like(x), np.empty((len(x), 1), x.dtype)
+    delta = None if delta is None else flat(delta)[0]
+
+    def forward(a: int, b: int) -> None:
+        if delta is not None:
+            np.add(x[a:b], delta[a:b], out=s[a:b])
+        rms_norm_into(s[a:b], weight, eps, y[a:b], inverse[a:b])
+
+    over_rows(forward, x)
+
+    def vjp(ds, dy):
+        ds, dy = flat(ds, dy)
+        dx = dweight = None
+        if needs[0] or needs[1]:
+            dx = empty_like(s)
+
+            def backward(a: int, b: int) -> None:
+                rms_norm_vjp_into(s[a:b], weight, inverse[a:b], dy[a:b], dx[a:b])
+                dx[a:b] += ds[a:b]
+
+            over_rows(backward, s)
+            dx = dx.reshape(shape)
+        if needs[2]:
+            dweight = (dy * (s * inverse)).sum(axis=0)
+        return (dx if needs[0] else None), (dx if needs[1] else None), dweight
 
     result = y.reshape(shape)
-    remember(result, again)
-    return result, vjp
+    remember_scaled(result, s, inverse, weight)
+    return (s.reshape(shape), result), vjp
 
 
 # --- the residual stream ----------------------------------------------------------------------------------------------

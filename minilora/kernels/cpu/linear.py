@@ -19,9 +19,9 @@ from .threads import parallel_rows, row_blocks, run_all, scratch
 
 MOST_ROWS = 512  # of one product: more gain nothing, fewer pack the weight too often
 LEAST_ROWS = 32
-SKINNY_ENTRIES = 1 << 17  # of the wide operand in a product with r columns: it is used twice while in the cache
+SKINNY_ENTRIES = 1 << 19  # of the wide operand in a product with r columns: it is used twice while in the cache
 MERGE_GAIN = 1 << 18  # entries that merging has to save, for the threads to be called once more
-WEIGHT_BLOCK = 96  # rows of W at a time while W + s·B A is built
+WEIGHT_BLOCK = 512  # rows of W at a time while W + s·B A is built
 
 
 def dense(weight: Any) -> bool:
@@ -33,26 +33,12 @@ def over_gemm_rows(fn, n: int) -> None:
     parallel_rows(fn, n, most=MOST_ROWS, least=LEAST_ROWS)
 
 
-def merged(weight: np.ndarray, lora_A: np.ndarray, lora_B: np.ndarray, scale: float) -> np.ndarray:
-    """W + s·B A (out, in), in the calling thread's scratch: good until the next call."""
-    result = scratch("merged", weight.shape, lora_A.dtype)
-
-    def build(a: int, b: int) -> None:
-        for start in range(a, b, WEIGHT_BLOCK):
-            part = slice(start, min(start + WEIGHT_BLOCK, b))
-            np.matmul(lora_B[part] * scale, lora_A, out=result[part])
-            result[part] += weight[part]
-
-    parallel_rows(build, len(weight), most=MOST_ROWS, least=LEAST_ROWS)
-    return result
-
-
 def merging_pays(count: int, contracted: int, produced: int) -> bool:
-    """Whether W + s·B A pays for a product (count, contracted) × (contracted, produced): it saves more than it costs.
+    """Whether W + s·B A pays for products (count, contracted) × (contracted, produced): it saves more than it costs.
 
-    Building it is a pass over W; without it the low-rank term is a pass over the result.
+    Building it is a pass over W; without it the low-rank term is a pass over the result, and one over x or g besides.
     """
-    return (count - contracted) * produced > MERGE_GAIN
+    return (count - contracted // 2) * produced > MERGE_GAIN
 
 
 def sum_of_parts(parts) -> np.ndarray:
@@ -105,59 +91,178 @@ def lora_applies(x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_
 def lora_linear(
     x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_B: Array, *, scale: float, needs: tuple[bool, ...]
 ):
-    shape_x, (outside, inside), rank = x.shape, weight.shape, len(lora_A)
+    (y,), vjp = lora_linears(x, weight, bias, lora_A, lora_B, scales=(scale,), needs=needs)
+    return y, vjp
+
+
+class Layer:
+    """One of the layers that read the same x: its weight, its factors (None for none) and what its backward pass needs.
+
+    columns: its place among the R columns of u and v of all layers together.
+    """
+
+    def __init__(
+        self, inputs: tuple[Any, ...], scale: float, dtype: np.dtype, needs: tuple[bool, ...], first_column: int
+    ) -> None:
+        self.weight, bias, self.lora_A, self.lora_B = inputs
+        self.bias = None if bias is None else cast(bias, dtype)
+        self.scale, self.dtype = dtype.type(scale), dtype
+        self.outside, self.inside = self.weight.shape
+        _, self.needs_bias, self.needs_A, self.needs_B = needs
+        self.rank = 0 if self.lora_A is None else len(self.lora_A)
+        self.columns = slice(first_column, first_column + self.rank)
+        self.scaled_B = None if self.lora_B is None else self.lora_B * self.scale
+
+
+def merged(group: list[Layer], below: list[Any], beside: list[Any]) -> list[np.ndarray]:
+    """Each layer's W + s·B A, in scratch that is good until the next call; W itself for a layer without factors.
+
+    below, beside: None, or a matrix that is put under a layer's (k, in) or to the right of it (out, k): the product
+    with both costs little more than the one, where the product with a matrix of few rows costs a pass over x.
+    """
+    results, tasks = [], []
+    for number, (layer, under, right) in enumerate(zip(group, below, beside, strict=True)):
+        if layer.lora_A is None:
+            results.append(cast(layer.weight, layer.dtype))
+            continue
+        more_rows, more_columns = 0 if under is None else len(under), 0 if right is None else right.shape[1]
+        shape = layer.outside + padded(more_rows), layer.inside + padded(more_columns)
+        result = scratch(f"merged {number}", shape, layer.dtype)
+        result[layer.outside :] = 0
+        result[:, layer.inside :] = 0
+        if under is not None:
+            result[layer.outside : layer.outside + more_rows, : layer.inside] = under
+        if right is not None:
+            result[: layer.outside, layer.inside : layer.inside + more_columns] = right
+        results.append(result)
+        blocks = row_blocks(layer.outside, MOST_ROWS, LEAST_ROWS)
+        tasks += [partial(merge_rows, layer, result[:, : layer.inside], a, b) for a, b in blocks]
+    run_all(tasks)
+    return results
+
+
+def padded(count: int) -> int:
+    """The next multiple of a cache line's 16 floats: rows of a matrix that is so much longer begin on one, too."""
+    return -(-count // 16) * 16
+
+
+def merge_rows(layer: Layer, result: np.ndarray, a: int, b: int) -> None:
+    for start in range(a, b, WEIGHT_BLOCK):
+        part = slice(start, min(start + WEIGHT_BLOCK, b))
+        term = scratch("merging", (part.stop - start, layer.inside), layer.dtype)
+        np.matmul(layer.scaled_B[part], layer.lora_A, out=term)
+        np.add(term, layer.weight[part], out=result[part])
+
+
+def group_applies(x: Array, *layers: Any, scales: tuple[float, ...]) -> bool:
+    for start in range(0, len(layers), 4):
+        weight, bias, lora_A, lora_B = layers[start : start + 4]
+        if not linear_applies(x, weight, bias) or (lora_A is not None and not computes(x, lora_A, lora_B)):
+            return False
+    return True
+
+
+@ops.lora_linears.kernel("cpu", group_applies)
+def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
+    shape_x, inside = x.shape, x.shape[-1]
     tokens = rows(x)
-    count = len(tokens)
-    y, u = empty((count, outside), x.dtype), np.empty((count, rank), x.dtype)
-    merge = merging_pays(count, inside, outside)
-    matrix = merged(weight, lora_A, lora_B, scale) if merge else cast(weight, x.dtype)
-    bias = None if bias is None else cast(bias, x.dtype)
-    scaled_B = lora_B * x.dtype.type(scale)
+    count, dtype = len(tokens), x.dtype
+    group: list[Layer] = []
+    for number, scale in enumerate(scales):
+        part = slice(4 * number, 4 * number + 4)
+        total_rank = group[-1].columns.stop if group else 0
+        group.append(Layer(layers[part], scale, dtype, needs[1:][part], total_rank))
+    nothing = [None] * len(group)
+    factors = [layer.lora_A for layer in group if layer.lora_A is not None]
+    stacked_A: Any = np.concatenate(factors) if factors else None  # (R, in): one product gives every layer's u
+    ranks = len(stacked_A) if factors else 0
+    merge = ranks > 0 and merging_pays(count, inside, sum(layer.outside for layer in group))
+    keeps_u = any(layer.needs_B for layer in group)
+    u = np.empty((count, ranks), dtype) if keeps_u or not merge else None
+    carrier = max((number for number, layer in enumerate(group) if layer.rank), default=None)  # whose product gives u
+    if not (merge and keeps_u):
+        carrier = None
+    widths = [layer.outside + (padded(ranks) if number == carrier else 0) for number, layer in enumerate(group)]
+    results = [empty((count, width), dtype) for width in widths]
+    if merge:
+        matrices = merged(group, [stacked_A if number == carrier else None for number in range(len(group))], nothing)
+    else:
+        matrices = [cast(layer.weight, dtype) for layer in group]
 
     def forward(a: int, b: int) -> None:
-        np.matmul(tokens[a:b], matrix.T, out=y[a:b])
-        np.matmul(tokens[a:b], lora_A.T, out=u[a:b])
-        if not merge:
-            add_product(u[a:b], scaled_B.T, y[a:b])
-        if bias is not None:
-            y[a:b] += bias
+        if not merge and ranks:
+            np.matmul(tokens[a:b], stacked_A.T, out=u[a:b])
+        for number, (layer, result, matrix) in enumerate(zip(group, results, matrices, strict=True)):
+            np.matmul(tokens[a:b], matrix.T, out=result[a:b])
+            if number == carrier:
+                u[a:b] = result[a:b, layer.outside : layer.outside + ranks]
+            if not merge and layer.rank:
+                add_product(u[a:b, layer.columns], layer.scaled_B.T, result[a:b])
+            if layer.bias is not None:
+                result[a:b, : layer.outside] += layer.bias
 
     over_gemm_rows(forward, count)
-    kept_u: Any = u if needs[4] else None
-    kept: Any = keep(x) if needs[3] else None
+    kept_u: Any = u if keeps_u else None
+    kept: Any = keep(x) if any(layer.needs_A for layer in group) else None
 
-    def vjp(dy):
-        g = rows(dy)
-        dx: Any = empty((count, inside), g.dtype) if needs[0] else None
-        merge = needs[0] and merging_pays(count, outside, inside)
-        if needs[0]:
-            matrix = merged(weight, lora_A, lora_B, scale) if merge else cast(weight, g.dtype)
+    def vjp(*dys):
+        gs = [rows(dy) for dy in dys]
+        merge = needs[0] and ranks > 0 and merging_pays(count, max(layer.outside for layer in group), inside)
+        if merge:
+            matrices = merged(group, nothing, [layer.scaled_B if kept else None for layer in group])
+        else:
+            matrices = [cast(layer.weight, dtype) for layer in group] if needs[0] else []
+        # dx may have columns to the right, where the first layer's product has that layer's v.
+        wide: Any = empty((count, matrices[0].shape[1]), dtype) if needs[0] else None
+        dx = wide[:, :inside] if needs[0] else None
         blocks = row_blocks(count, MOST_ROWS, LEAST_ROWS)
-        parts_A: Any = np.empty((len(blocks), rank, inside), g.dtype) if needs[3] else None
-        parts_B: Any = np.empty((len(blocks), rank, outside), g.dtype) if needs[4] else None
-        step = max(16, SKINNY_ENTRIES // max(inside, outside))
+        parts_A: Any = np.empty((len(blocks), ranks, inside), dtype) if kept else None
+        parts_B = [np.empty((len(blocks), layer.rank, layer.outside), dtype) for layer in group if layer.needs_B]
+        step = max(16, SKINNY_ENTRIES // max(inside, *(layer.outside for layer in group)))
 
         def backward(number: int, begin: int, end: int) -> None:
-            if needs[0]:
-                np.matmul(g[begin:end], matrix, out=dx[begin:end])
+            v = scratch("v", (end - begin, ranks), dtype)
+            for index, (layer, g, matrix) in enumerate(zip(group, gs, matrices, strict=False)):
+                out = scratch("product", (end - begin, matrix.shape[1]), dtype) if index else wide[begin:end]
+                np.matmul(g[begin:end], matrix, out=out)
+                if index:
+                    dx[begin:end] += out[:, :inside]
+                if merge and kept:
+                    v[:, layer.columns] = out[:, inside : inside + layer.rank]
             for a in range(begin, end, step):
                 b = min(a + step, end)
-                if needs[3] or (needs[0] and not merge):
-                    v = np.matmul(g[a:b], scaled_B)
-                if needs[0] and not merge:
-                    dx[a:b] += np.matmul(v, lora_A, out=scratch("term", (b - a, inside), g.dtype))
-                if needs[3]:
-                    add_to(parts_A[number], v.T, kept(a, b), a == begin)
-                if needs[4]:
-                    add_to(parts_B[number], kept_u[a:b].T, g[a:b], a == begin)
+                v_part = v[a - begin : b - begin]
+                if not merge and (kept or needs[0]):
+                    for layer, g in zip(group, gs, strict=True):
+                        if layer.rank:
+                            np.matmul(g[a:b], layer.scaled_B, out=v_part[:, layer.columns])
+                    if needs[0] and ranks:
+                        dx[a:b] += np.matmul(v_part, stacked_A, out=scratch("term", (b - a, inside), dtype))
+                if kept:
+                    if kept.left is not None:
+                        v_part *= kept.left[a:b]
+                    add_to(parts_A[number], v_part.T, kept.rows(a, b), a == begin)
+                with_B = (pair for pair in zip(group, gs, strict=True) if pair[0].needs_B)
+                for (layer, g), part in zip(with_B, parts_B, strict=True):
+                    add_to(part[number], kept_u[a:b, layer.columns].T, g[a:b], a == begin)
 
         run_all([partial(backward, number, a, b) for number, (a, b) in enumerate(blocks)])
-        dbias = g.sum(axis=0) if needs[2] else None
-        d_lora_A = sum_of_parts(parts_A) if needs[3] else None
-        d_lora_B = sum_of_parts(parts_B).T * g.dtype.type(scale) if needs[4] else None
-        return (dx.reshape(shape_x) if needs[0] else None), None, dbias, d_lora_A, d_lora_B
+        d_lora_A = sum_of_parts(parts_A) if kept else None
+        if kept and kept.right is not None:
+            d_lora_A *= kept.right
+        remaining = iter(parts_B)
+        gradients: list[Any] = [dx.reshape(shape_x) if needs[0] else None]
+        for layer, g in zip(group, gs, strict=True):
+            gradients += [
+                None,
+                g.sum(axis=0) if layer.needs_bias else None,
+                d_lora_A[layer.columns] if layer.needs_A else None,
+                sum_of_parts(next(remaining)).T * layer.scale if layer.needs_B else None,
+            ]
+        return tuple(gradients)
 
-    return y.reshape(*shape_x[:-1], outside), vjp
+    ys = (result[:, : layer.outside] for layer, result in zip(group, results, strict=True))
+    return tuple(y.reshape(*shape_x[:-1], y.shape[1]) for y in ys), vjp
 
 
 def add_to(total: np.ndarray, left: np.ndarray, right: np.ndarray, first: bool) -> None:

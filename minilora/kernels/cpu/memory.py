@@ -1,7 +1,7 @@
 """Memory for results: large arrays are taken from buffers whose last user is gone, and cheap ones are made again.
 
 A fresh array of some megabytes costs more than a pass over it, because the system hands out its pages one by one and
-zeroed. `empty` reuses buffers instead. `remember` and `keep` let a layer's backward pass make its input again, a few
+zeroed. `empty` reuses buffers instead. `remember` and `keep` let a layer's backward pass have its input again, a few
 rows at a time, where that input is a norm's or an activation's output: it need not be held from forward to backward.
 """
 
@@ -11,6 +11,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -85,26 +86,47 @@ def empty_like(array: np.ndarray) -> np.ndarray:
 # --- making again instead of keeping ----------------------------------------------------------------------------------
 
 Recipe = Callable[[int, int, np.ndarray], None]  # (start, stop, out): write rows start … stop of the (N, width) array
-_recipes: dict[int, tuple[weakref.ref, Recipe]] = {}
+
+
+class Kept:
+    """What a closure holds to have the rows of an array x (..., width) later: x = left · rows · right.
+
+    left (N, 1) and right (width,) are None for 1: a product with x scales its other operand and its result instead.
+    """
+
+    def __init__(self, rows: Callable[[int, int], np.ndarray], left: Any = None, right: Any = None) -> None:
+        self.rows, self.left, self.right = rows, left, right
+
+
+_known: dict[int, tuple[weakref.ref, Kept]] = {}
 
 
 def remember(array: np.ndarray, recipe: Recipe) -> None:
     """Say how `array` is made, until it is gone."""
+    width, dtype = array.shape[-1], array.dtype
+
+    def remade(start: int, stop: int) -> np.ndarray:
+        out = scratch("remade", (stop - start, width), dtype)
+        recipe(start, stop, out)
+        return out
+
+    _remember(array, Kept(remade))
+
+
+def remember_scaled(array: np.ndarray, base: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    """Say that `array` is left · base · right, for base (N, width), left (N, 1), right (width,), until it is gone."""
+    _remember(array, Kept(lambda start, stop: base[start:stop], left, right))
+
+
+def _remember(array: np.ndarray, kept: Kept) -> None:
     key = id(array)
-    _recipes[key] = weakref.ref(array, lambda _: _recipes.pop(key, None)), recipe
+    _known[key] = weakref.ref(array, lambda _: _known.pop(key, None)), kept
 
 
-def keep(array: np.ndarray) -> Callable[[int, int], np.ndarray]:
-    """What a closure holds to have rows start … stop of array (..., width) later: its recipe, or the array itself."""
-    known = _recipes.get(id(array))
+def keep(array: np.ndarray) -> Kept:
+    """What to hold instead of an array (..., width): how it is made, or its rows themselves."""
+    known = _known.get(id(array))
     if known is not None and known[0]() is array:
-        recipe, width, dtype = known[1], array.shape[-1], array.dtype
-
-        def remade(start: int, stop: int) -> np.ndarray:
-            out = scratch("remade", (stop - start, width), dtype)
-            recipe(start, stop, out)
-            return out
-
-        return remade
+        return known[1]
     rows = array.reshape(-1, array.shape[-1])
-    return lambda start, stop: rows[start:stop]
+    return Kept(lambda start, stop: rows[start:stop])

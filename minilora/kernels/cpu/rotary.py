@@ -34,12 +34,11 @@ def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     def turn(row: int, a: int, b: int) -> None:
         part, out = x[row, a:b], y[row, a:b]
         table = row if len(cosines) > 1 else 0
-        swapped = scratch("rotary", part.shape, part.dtype)
-        swapped[..., :half] = part[..., half:]
-        swapped[..., half:] = part[..., :half]
-        swapped *= sines[table, a:b, None]
+        swapped = scratch("rotary", (b - a, heads, 2, half), part.dtype)
+        halves = part.reshape(swapped.shape)[:, :, ::-1]
+        np.multiply(halves, sines[table, a:b].reshape(b - a, 1, 2, half), out=swapped)
         np.multiply(part, cosines[table, a:b, None], out=out)
-        out += swapped
+        out += swapped.reshape(part.shape)
 
     def run(a: int, b: int) -> None:  # rows of all sequences, one after the other
         while a < b:

@@ -13,6 +13,7 @@ calls notice nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import warnings
@@ -151,7 +152,7 @@ backend.cpu_runner.append(parallel_rows)
 def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A buffer of this thread that is used again and again: its content lasts until the same name is asked for next."""
     buffers = _local.__dict__.setdefault("buffers", {})
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     held = buffers.get((name, dtype))
     if held is None or held.size < size:
         held = buffers[name, dtype] = np.empty(size, dtype)
