@@ -26,6 +26,7 @@ FACTS = (  # of config.json, in the order in which they are shown
 ADAPTER_FACTS = (
     "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora",
     "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias",
+    "model", "fine_tune_type", "num_layers", "lora_parameters",
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def command(
 
     path = Path(name).expanduser()
     listing = list_tensors(path if path.exists() else find_model(name))
-    updates = updates_of(listing) if listing.kind == "adapter" else []
+    updates = updates_of(listing) if listing.format == "peft" else []
     if as_json:
         print_json(as_data(listing, updates))
         return

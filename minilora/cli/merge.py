@@ -65,7 +65,8 @@ def command(
     """Merge adapters into their base and write the result as a Hugging Face directory.
 
     Several adapters are merged as the sum of their updates, each times its --weight. Before anything is written, the
-    logits of the merged model are compared with those of base and adapters on a batch of random tokens.
+    logits of the merged model are compared with those of base and adapters on a batch of random tokens. As one GGUF
+    file for llama.cpp the merged model is written by: minilora export --format gguf --merged.
     """
     adapters = list(adapter or [])
     if not adapters:

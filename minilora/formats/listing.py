@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..errors import MiniloraError
 from ..files import read_json_object
+from . import mlx
 from .checkpoint import TensorEntry
 from .gguf_file import open_gguf
 from .peft import CONFIG_FILE, TENSOR_FILE, read_adapter_config
@@ -24,7 +25,7 @@ class Listing:
 
     path: Path
     kind: Literal["model", "adapter", "tensors"]
-    format: Literal["safetensors", "gguf", "peft"]
+    format: Literal["safetensors", "gguf", "peft", "mlx"]
     config: dict[str, Any]
     tensors: Mapping[str, TensorEntry]
 
@@ -35,11 +36,14 @@ class Listing:
 
 
 def list_tensors(path: str | Path) -> Listing:
-    """List a model directory, an adapter directory, a .gguf or a .safetensors file.
+    """List a model directory, an adapter directory (PEFT, mlx-lm), a .gguf or a .safetensors file.
 
     Raises MiniloraError where `path` is none of these, or a file is truncated or malformed.
     """
     path = Path(path)
+    if mlx.is_mlx_adapter(path):
+        config = read_json_object(path / mlx.CONFIG_FILE)
+        return Listing(path, "adapter", "mlx", config, open_safetensors(path / mlx.TENSOR_FILE))
     if (path / CONFIG_FILE).exists():
         return Listing(path, "adapter", "peft", read_adapter_config(path), open_safetensors(path / TENSOR_FILE))
     if path.is_dir():
@@ -51,4 +55,5 @@ def list_tensors(path: str | Path) -> Listing:
         return Listing(path, "tensors", "safetensors", {}, open_safetensors(path))
     file = open_gguf(path)
     scalars = {key: value for key, value in file.metadata.items() if not isinstance(value, list)}
-    return Listing(path, "model", "gguf", scalars, file.tensors)
+    kind: Literal["model", "adapter"] = "adapter" if scalars.get("general.type") == "adapter" else "model"
+    return Listing(path, kind, "gguf", scalars, file.tensors)

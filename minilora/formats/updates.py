@@ -61,7 +61,7 @@ def updates_of(config: LoraConfig, tensors: Mapping[str, np.ndarray], tool: str)
     Raises MiniloraError for a tensor that is no part of a ΔW (a trained bias, a module saved whole); `tool` is named in
     it.
     """
-    if config.init == "pissa":
+    if config.init.startswith("pissa"):
         raise MiniloraError(
             f"the adapter began as the base's principal part (PiSSA): its base has changed with it, which {tool} does "
             "not know; merge the adapter into its base instead (minilora merge)"
