@@ -34,12 +34,9 @@
 //
 // Set by the launcher: HEAD (d), and for each kernel _M (16 M rows a warp), _TILE and _BLOCKS (resident blocks aimed at).
 
-#include <cuda_bf16.h>
-
-// The types of C's stdint.h, which the run-time compiler does not have.
 using uint32 = unsigned int;
 using int64 = long long;
-using bf16 = __nv_bfloat16;
+using bf16 = T;
 
 constexpr int WARPS = 4;
 constexpr int BLOCK = 32 * WARPS;
@@ -47,7 +44,6 @@ constexpr int CHUNKS = HEAD / 8;  // of 16 bytes in a row
 constexpr int ROW = 2 * HEAD;     // bytes
 constexpr int SPAN = 32;          // tokens that share an entry of `ranges`
 
-#define MINUS_INFINITY __int_as_float(0xff800000)
 #define LOG2_E 1.4426950408889634f
 
 // --- instructions ----------------------------------------------------------------------------------------------------
