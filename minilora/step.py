@@ -9,7 +9,7 @@ rounding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, NamedTuple
 
@@ -144,7 +144,8 @@ class TrainStep:
             losses = self._forward_and_backward(batches, [batch.of(rest) for batch in prepared])
             return losses, [parameter.grad for parameter in parameters]
 
-        losses, grads = self.recorder.run(key, arrays, step, self.model.read_by_recordings)
+        held = partial(self.model.read_by_recordings, [batch.rows for batch in batches])
+        losses, grads = self.recorder.run(key, arrays, step, held)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         return {name: loss.copy() for name, loss in losses.items()}  # the next step writes over the recording's own
@@ -183,7 +184,10 @@ class TrainStep:
 
     def _forget_gradients_of_nothing(self, batches: Iterable[MicroBatch], losses: Mapping[str, Array]) -> None:
         """An adapter whose rows carry no label got zeros, which Adam would take for a gradient and step on."""
-        for name in {name for batch in batches for name in batch.rows or () if name is not None} - set(losses):
+        if "" in losses:  # one selection for all rows
+            return
+        named = {name for batch in batches for name in batch.rows or self.model.active_adapters if name is not None}
+        for name in named - set(losses):
             for parameter in self.model.adapter_parameters(name).values():
                 parameter.grad = None
 

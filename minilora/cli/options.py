@@ -28,7 +28,7 @@ AdapterDirectory = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Weights = Annotated[
     list[float] | None,
-    typer.Option("--weight", help="The weight of each --adapter, in their order; may be negative. Default: 1 for each."),
+    typer.Option("--weight", help="A weight for each --adapter, in their order; may be negative. Default: 1."),
 ]
 Dtype = Annotated[
     str,

@@ -25,12 +25,12 @@ STATES = ("base", "adapter", "merged")
 def passes(model: ml.Model) -> dict[str, Callable[[], object]]:
     """What is timed, by what it is."""
     random = np.random.default_rng(0)
-    tokens = random.integers(0, model.config.vocab_size, (4, 128))
+    tokens = random.integers(0, model.config.vocab_size, (2, 128))
     prompt = tokens[0, :16].tolist()
     return {
-        "logits, 4 × 128 tokens": lambda: model.logits(tokens),
-        "loss, 4 × 128 tokens": lambda: float(model.loss(tokens)),
-        "generate 16 tokens": lambda: model.generate(prompt, 16, stop=[]),
+        "logits, 2 × 128 tokens": lambda: model.logits(tokens),
+        "loss, 2 × 128 tokens": lambda: float(model.loss(tokens)),
+        "generate 8 tokens": lambda: model.generate(prompt, 8, stop=[]),
     }
 
 

@@ -123,6 +123,7 @@ def test_an_adapter_without_a_label_in_a_step_takes_none_whatever_optimises_it()
         step(tokens, labels, rows=NAMES)
         before = {name: arrays(network, name) for name in NAMES}
         step(tokens, unlabelled, rows=NAMES)  # "a" is there without a label
+        step(tokens, unlabelled)  # the same rows, which are selected still
         step(tokens[1:], labels[1:], rows=NAMES[1:])  # and here it is not there
         for name in NAMES:
             changed = [not np.array_equal(before[name][k], array) for k, array in arrays(network, name).items()]
