@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..model import Model
 
 ModelName = Annotated[
-    str, typer.Option("--model", help='A model directory, a .gguf file, "smollm2" or a hub id "owner/name".')
+    str, typer.Option("--model", help='A model directory, a .gguf file, "mini", "smollm2" or a hub id "owner/name".')
 ]
 AdapterDirectories = Annotated[
     list[Path] | None,

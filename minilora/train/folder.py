@@ -8,6 +8,7 @@
     metrics.jsonl                 a JSON object per step
     loss.png                      the loss curve
     minilora.toml                 the settings that were used
+    report.html                   where `minilora report` was asked for one
 
 Files that are none of these are left alone.
 """
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
     from ..model import Model
 
 METRICS, CURVE, SETTINGS, STATE = "metrics.jsonl", "loss.png", "minilora.toml", "training_state.safetensors"
+REPORT = "report.html"
 BEST, CHECKPOINTS, BASE = "best", "checkpoints", "model"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-WRITTEN = (*ADAPTER, STATE, METRICS, CURVE, SETTINGS, BEST, CHECKPOINTS, BASE)
+WRITTEN = (*ADAPTER, STATE, METRICS, CURVE, SETTINGS, REPORT, BEST, CHECKPOINTS, BASE)
 
 
 @dataclass

@@ -49,7 +49,7 @@ def test_what_is_not_there_is_an_error_that_says_what_would_be(name, tmp_path, m
     monkeypatch.chdir(tmp_path)
     if name == "":
         name = str(tmp_path / "gone")
-    with pytest.raises(MiniloraError, match=r'was not found: expected a model directory, a \.gguf file, "smollm2" or'):
+    with pytest.raises(MiniloraError, match=r'was not found: expected a model directory, a \.gguf file, "mini", "smollm2" or'):
         find_model(name)
 
 
