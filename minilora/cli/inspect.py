@@ -35,7 +35,7 @@ def command(
         str,
         typer.Argument(
             metavar="PATH",
-            help='A model directory, an adapter directory, a .gguf or .safetensors file, "mini", "smollm2" or a hub id.',
+            help='A model directory, an adapter directory, a .gguf or .safetensors file, "mini", "smollm2", a hub id.',
         ),
     ],
     all_layers: Annotated[

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..lora import LoraConfig
-from ..train import TrainConfig, train
+from ..train import TrainConfig, TrainResult, train
 from ..train.folder import SETTINGS, check_folder
 from ..train.settings import ADAPTER_KEYS, adapter_settings, lora_config, read_settings, train_config
+from .console import print_json
 
 ADAPTER_NAME = "default"  # as PEFT calls it
 DEFAULTS = {"device": "cpu", "dtype": "float32"}
-NOT_SETTINGS = ("config", "resume", "overwrite", "quiet")  # they are about this call, not about the run
+NOT_SETTINGS = ("config", "resume", "overwrite", "quiet", "as_json")  # they are about this call, not about the run
 
 _run, _lora = TrainConfig(), LoraConfig()
 
@@ -162,6 +164,9 @@ def command(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print nothing on the way, and what came of it as JSON at the end.")
+    ] = False,
 ) -> None:
     """Fine-tune a model: train a low-rank adapter on your examples, the base staying as it is."""
     given = {name: value for name, value in locals().items() if value is not None and name not in NOT_SETTINGS}
@@ -176,10 +181,15 @@ def command(
     for name in ("model", "data", "out"):
         if name not in settings:
             raise typer.BadParameter("expected it here or in --config", param_hint=f"--{name}")
-    _train(settings, resume, overwrite, quiet)
+    result = _train(settings, resume, overwrite, quiet or as_json)
+    if as_json:
+        print_json(
+            {key: value for key, value in asdict(result).items() if key != "history"}
+            | {"paths": {name: str(path) for name, path in result.paths.items()}}
+        )
 
 
-def _train(settings: dict[str, Any], resume: bool, overwrite: bool, quiet: bool) -> None:
+def _train(settings: dict[str, Any], resume: bool, overwrite: bool, quiet: bool) -> TrainResult:
     from ..model import load_model
 
     run, lora = train_config(settings), lora_config(settings)
@@ -190,7 +200,7 @@ def _train(settings: dict[str, Any], resume: bool, overwrite: bool, quiet: bool)
     else:
         model.add_adapter(ADAPTER_NAME, lora, seed=run.seed)
     used = settings | adapter_settings(model.adapters[ADAPTER_NAME])
-    train(model, settings["data"], run, resume=resume, overwrite=overwrite, quiet=quiet, settings=used)
+    return train(model, settings["data"], run, resume=resume, overwrite=overwrite, quiet=quiet, settings=used)
 
 
 def _merged(*sources: dict[str, Any]) -> dict[str, Any]:

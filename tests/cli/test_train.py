@@ -131,7 +131,11 @@ def test_training_goes_on_from_an_adapter(base, data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "status", "message"),
     [
-        (["--targets", "q_prj"], 1, "error: target_modules 'q_prj' matches no linear layer or embedding; did you mean 'q_proj'"),
+        (
+            ["--targets", "q_prj"],
+            1,
+            "error: target_modules 'q_prj' matches no linear layer or embedding; did you mean 'q_proj'",
+        ),
         (["--targets", "(q"], 1, "is not a regular expression"),
         (["--rank", "0"], 1, "r is 0"),
         (["--lr", "0"], 1, "lr is 0.0, expected a number above 0"),
@@ -187,6 +191,15 @@ def test_an_earlier_run_is_refused_before_the_model_is_even_looked_for(base, dat
     assert adapter_bytes(out) == before
     assert minilora(*arguments(base, data, out, "--steps", 1, "--overwrite"))[0] == 0
     assert len(losses(out)) == 1
+
+
+def test_json_is_what_came_of_it_and_nothing_else(base, data, tmp_path):
+    status, output, error = minilora(*arguments(base, data, tmp_path / "out", "--steps", 1, "--json"))
+    found = json.loads(output)
+    assert (status, error) == (0, "")
+    assert found["steps"] == 1
+    assert found["paths"]["adapter"] == str(tmp_path / "out")
+    assert "history" not in found
 
 
 def test_quiet_prints_nothing(base, data, tmp_path):
