@@ -464,7 +464,7 @@ ATTENTION = [
 LORA = [
     Mutant(
         "ops/lora.py",
-        "    y += product(u * scale, lora_B.T)\n    if bias",
+        "    y += product(u, scaled_B.T)\n    if bias",
         "    y += product(u, lora_B.T)\n    if bias",
         "lora_linear: the scale is missing in the value",
         primitive("lora_linear"),
@@ -478,8 +478,8 @@ LORA = [
     ),
     Mutant(
         "ops/lora.py",
-        "        v = product(g, lora_B * scale) if needs[0] or needs[3] else None",
-        "        v = product(g, lora_B * scale * scale) if needs[0] or needs[3] else None",
+        "        v = product(g, scaled_B) if needs[0] or needs[3] else None",
+        "        v = product(g, scaled_B * scale) if needs[0] or needs[3] else None",
         "lora_linear: the scale twice in dA and dx",
         primitive("lora_linear"),
     ),
@@ -499,8 +499,8 @@ LORA = [
     ),
     Mutant(
         "ops/lora.py",
-        "        v = product(g, lora_B * scale) if needs[0] or needs[3] else None",
-        "        v = product(g, lora_B * scale) if needs[3] else None",
+        "        v = product(g, scaled_B) if needs[0] or needs[3] else None",
+        "        v = product(g, scaled_B) if needs[3] else None",
         "lora_linear: v is not there when only x needs a gradient",
         primitive("lora_linear"),
     ),
@@ -576,15 +576,15 @@ LORA = [
     ),
     Mutant(
         "lora/merge.py",
-        "total = total + layer.delta(dense) * wide.type(weight)",
-        "total = total + layer.delta(dense)",
+        "            update *= base.dtype.type(weight)\n",
+        "            update *= base.dtype.type(1)\n",
         "merge: the adapter's weight is forgotten",
         law("a_weighted_selection_is_the_weighted_sum_of_the_updates"),
     ),
     Mutant(
         "lora/merge.py",
-        "            adapters.linears[path].weight = weight\n",
-        "            adapters.linears[path].weight.data = adapters.linears[path].weight.data + 0 * weight.data\n",
+        "            setattr(modules[path], attribute, tensor)\n",
+        "            getattr(modules[path], attribute).data = getattr(modules[path], attribute).data + 0.0\n",
         "unmerge: the merged weight stays",
         law("merging_leaves_the_logits_and_unmerging_restores_every_bit"),
     ),
@@ -649,15 +649,15 @@ NETWORK = [
     ),
     Mutant(
         "step.py",
-        "                part = self.model.loss(*batch, normaliser=total)",
-        "                part = self.model.loss(*batch)",
+        "self.model.loss_batch(*batch[:3], normaliser=total, bucket=bucket)",
+        "self.model.loss_batch(*batch[:3], bucket=bucket)",
         "accumulation: a mean of means",
         law("accumulation_over_micro_batches_is_one_batch"),
     ),
     Mutant(
         "step.py",
-        "                loss = part.data if loss is None else loss + part.data",
-        "                loss = part.data",
+        "losses[name] = losses[name] + part.data if name in losses else part.data",
+        "losses[name] = part.data",
         "accumulation: the loss of the last micro-batch only",
         law("accumulation_over_micro_batches_is_one_batch"),
     ),
@@ -1177,6 +1177,145 @@ VARIANTS = [
     ),
 ]
 
+TOGETHER = ("tests/lora/test_many_adapters.py::test_trainings_side_by_side_are_the_trainings_of_each_alone",)
+COMBINED = ("tests/lora/test_combine.py",)
+MERGED = ("tests/lora/test_merge.py",)
+BLOCKS = ("tests/formats/test_gguf_blocks.py",)
+
+MANY = [
+    Mutant(
+        "step.py",
+        "named - set(losses)",
+        "set()",
+        "many adapters: one without a label steps on zeros",
+        (
+            "tests/lora/test_many_adapters.py::test_an_adapter_without_a_label_in_a_step_takes_none_whatever_optimises_it",
+        ),
+    ),
+    Mutant(
+        "step.py",
+        "self.max_grad_norm.get(name)",
+        "next(iter(self.max_grad_norm.values()))",
+        "many adapters: the first one's clipping for all",
+        TOGETHER,
+    ),
+    Mutant(
+        "model.py",
+        "self._training_passes.update(list(labelled))",
+        "self._training_passes.update(list(self.active_adapters))",
+        "many adapters: a mask is drawn and lost in a batch without a label",
+        TOGETHER,
+    ),
+    Mutant(
+        "lora/layer.py",
+        "number = self.dropout_pass if self.dropout_pass is None or self.row_passes is None else self.row_passes[name]",
+        "number = self.dropout_pass",
+        "many adapters: dropout masks follow the passes of all",
+        TOGETHER,
+    ),
+    Mutant(
+        "lora/combine.py",
+        "scales = [weight * layer.scale for",
+        "scales = [weight for",
+        "combining: an adapter's own scale is forgotten",
+        COMBINED,
+    ),
+    Mutant(
+        "lora/combine.py",
+        "scales = [weight * layer.scale for",
+        "scales = [abs(weight) * layer.scale for",
+        "combining: the sign of a weight is lost",
+        COMBINED,
+    ),
+    Mutant(
+        "lora/combine.py",
+        "whole.left[:, :rank] * root",
+        "whole.left[:, :rank] * root**2",
+        "svd: σ is in both factors",
+        COMBINED,
+    ),
+    Mutant(
+        "lora/combine.py",
+        "squares[len(lora_A) :]",
+        "squares[len(lora_A) + 1 :]",
+        "svd: the error leaves out the first value that was cut off",
+        COMBINED,
+    ),
+    Mutant(
+        "lora/combine.py",
+        "alpha_pattern={name: float(rank) for name, rank in pattern.items()},",
+        "alpha_pattern={},",
+        "combining: layers of another rank get another scale",
+        COMBINED,
+    ),
+    Mutant("lora/merge.py", "    total += base\n", "", "merge: W is lost", MERGED),
+    Mutant(
+        "lora/merge.py",
+        "    if not bool(array_module(values).isfinite(values).all()):",
+        "    if False:",
+        "merge: no check for values that are not finite",
+        MERGED,
+    ),
+    Mutant(
+        "lora/merge.py",
+        "_norm(values - value) / whole",
+        "_norm(values - wide) / whole",
+        "requantise: the error is that against W",
+        BLOCKS,
+    ),
+    Mutant(
+        "lora/merge.py",
+        "if isinstance(base.data, CompressedWeight) and quantised is None:",
+        "if False:",
+        "merging into blocks without a choice",
+        BLOCKS,
+    ),
+    Mutant("formats/gguf_blocks.py", "values -= self.zero", "values -= 0", "Q4_0: the zero point is forgotten", BLOCKS),
+    Mutant(
+        "formats/gguf_blocks.py",
+        "values[:, : BLOCK // 2] = quants & 15",
+        "values[:, : BLOCK // 2] = quants >> 4",
+        "blocks of 4 bits: high halves for low ones",
+        BLOCKS,
+    ),
+    Mutant(
+        "formats/gguf_blocks.py",
+        "values += wide[:, 1:]",
+        "values -= wide[:, 1:]",
+        "Q4_1: the minimum is taken off",
+        BLOCKS,
+    ),
+    Mutant("formats/gguf_blocks.py", "np.float32(127)", "np.float32(128)", "Q8_0: a range of 128", BLOCKS),
+    Mutant(
+        "formats/gguf_blocks.py",
+        "np.float32(self.zero + 0.5)",
+        "np.float32(self.zero)",
+        "blocks of 4 bits: rounded down",
+        BLOCKS,
+    ),
+    Mutant(
+        "formats/gguf_blocks.py",
+        "                    columns += term\n",
+        "                    columns[...] = term\n",
+        "g W over blocks: the last tile only",
+        BLOCKS,
+    ),
+    Mutant(
+        "formats/gguf_blocks.py",
+        "y[:, a:b] = matmul(x, cast(self.tile(slice(None), slice(a, b)), x.dtype))",
+        "y[:, a:b] = matmul(x, cast(self.tile(slice(None), slice(0, b - a)), x.dtype))",
+        "x Wᵀ over blocks: the first tile everywhere",
+        BLOCKS,
+    ),
+    Mutant(
+        "formats/gguf.py",
+        "stored = restore_rows(stored, self.heads)",
+        "pass",
+        "blocks of q and k stay in llama.cpp's order",
+        ("tests/formats/test_gguf.py", *BLOCKS),
+    ),
+]
+
 MUTANTS = [
     *ARITHMETIC,
     *MATRICES,
@@ -1190,4 +1329,5 @@ MUTANTS = [
     *CHECK,
     *KERNELS,
     *VARIANTS,
+    *MANY,
 ]
