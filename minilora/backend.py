@@ -129,6 +129,16 @@ def to_device(array: Array, device: str) -> Array:
         return cupy.asarray(array)
 
 
+def resident(array: Array, device: str) -> Array:
+    """`array` on the device to stay: not in memory that a recorded step (kernels/cuda/graph.py) writes over."""
+    kind, index = parse_device(device)
+    if kind == "cpu":
+        return to_numpy(array)
+    cupy = sys.modules["cupy"]
+    with cupy.cuda.Device(index), cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):
+        return cupy.array(array)
+
+
 def on_device(device: str) -> Any:
     """A context in which new arrays of CuPy's land on the device (does nothing for the CPU)."""
     kind, index = parse_device(device)

@@ -15,6 +15,7 @@ import numpy as np
 from .backend import FLOAT_DTYPES, Array, activation_dtype, cast, compute_dtype, dtype_of, to_device, to_numpy, use_device
 from .errors import MiniloraError
 from .lora import PEFT_PREFIX, Adapters, Combination, LoraConfig, Merge, Rounding, combine
+from .lora.layer import places
 from .lora.targets import selected, shortest_patterns
 from .models import CausalLM, ModelConfig, family_of
 from .models.causal_lm import IGNORED, NO_LABEL, Batch, shifted_labels
@@ -127,6 +128,8 @@ class Model:
     ) -> None:
         self.network, self.tokenizer, self.source = network, tokenizer, source
         self.generation_config = generation_config or {}
+        if network.device != "cpu":
+            network.lay_out()
         self._adapters = Adapters(network)
         self._merge = Merge()
         self._changes = 0  # how often tensors were added, replaced or moved
@@ -179,6 +182,8 @@ class Model:
             tensor.data = to_device(tensor.data, device)
             tensor.grad = None
         self.network.compute_in(activation_dtype(self.network.lm_head.weight.dtype, device))
+        if self.device != "cpu":
+            self.network.lay_out()
         return self
 
     def _all_tensors(self) -> Iterator[Tensor]:
@@ -260,12 +265,14 @@ class Model:
         selection = self._adapters.selection
         return selection.weights, selection.rows, self.checkpoint, self._changes
 
-    def read_by_recordings(self) -> list[Any]:
-        """What a recorded pass reads and a later pass may replace."""
+    def read_by_recordings(self, rows: Iterable[Sequence[str | None] | None]) -> list[Any]:
+        """What a recorded pass reads and a later pass may replace; rows: the adapters by row of its batches."""
         from .kernels.cuda.lists import pass_of
 
         rotary = self.network.rotary
-        return [None if rotary is None else rotary.tables, list(pass_of(self.network).buffers.values())]
+        owners = [(tuple(names), name) for names in rows if names is not None for name in dict.fromkeys(names)]
+        indices = [places(names, name, self.device) for names, name in owners]
+        return [None if rotary is None else rotary.tables, list(pass_of(self.network).buffers.values()), indices]
 
     def label_count(self, tokens: Any, labels: Any = None, segments: Any = None) -> int | Counter[str]:
         """How many positions of this batch carry a loss; with set_adapter(rows=...), how many by adapter."""

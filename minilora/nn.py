@@ -48,6 +48,10 @@ class Module:
             elif isinstance(value, list):
                 yield from ((f"{name}.{index}", item) for index, item in enumerate(value) if isinstance(item, Module))
 
+    def read_together(self) -> list[list[Linear]]:
+        """The layers of this Module that read the same input, group by group (see `together`)."""
+        return []
+
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """This Module (as "") and all below it, each with its dotted name."""
         yield prefix, self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,12 @@ def named(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tens
 many_arrays: list[Any] = []  # modules with the functions below over many arrays in one launch: GPU kernels add theirs
 
 
-def all_at_once(*arrays: Array) -> Any:
+def all_at_once(gradients: Sequence[Array], *others: Array) -> Any:
     """The module that works on all of these arrays in one launch, or None where they are taken one after another."""
-    return many_arrays[-1] if many_arrays and arrays and many_arrays[-1].fused(*arrays) else None
+    if not many_arrays or not gradients:
+        return None
+    able = many_arrays[-1].fused(*gradients, parts=True) and many_arrays[-1].fused(*others)
+    return many_arrays[-1] if able else None
 
 
 class AdamW:
@@ -84,10 +87,10 @@ class AdamW:
             self.steps[name] += 1
             lr = self.lr * self.lr_scale.get(name, 1.0)
             due.append((parameter.data, parameter.grad, m, v, self.steps[name], lr))
-        if together := all_at_once(*(array for arrays in due for array in arrays[:4])):
+        ws, gs, ms, vs = ([arrays[position] for arrays in due] for position in range(4))
+        if together := all_at_once(gs, *ws, *ms, *vs):
             beta1, beta2 = self.betas
             rates = [(lr, lr / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)) for *_, t, lr in due]
-            ws, gs, ms, vs = ([arrays[position] for arrays in due] for position in range(4))
             together.adamw(ws, gs, ms, vs, np.array(rates), self.betas, self.eps, self.weight_decay, self.l2)
             return
         for w, g, m, v, t, lr in due:
@@ -157,7 +160,7 @@ class Adam(AdamW):
 def global_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> Array:
     """√(Σ g²) over all gradients, as a 0-d float64 array on their device (reading it on a GPU waits for it)."""
     grads = [parameter.grad for parameter in named(parameters).values() if parameter.grad is not None]
-    if together := all_at_once(*grads):
+    if together := all_at_once(grads):
         return together.norm(grads)
     total: Any = np.zeros(())
     for grad in grads:
@@ -170,8 +173,9 @@ def clip_grad_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor], max_norm
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)); the global norm before that (Pascanu et al. 2013)."""
     parameters = named(parameters)
     norm = global_norm(parameters)
-    if together := all_at_once(*(parameter.grad for parameter in parameters.values() if parameter.grad is not None)):
-        together.clip([parameter.grad for parameter in parameters.values() if parameter.grad is not None], norm, max_norm)
+    grads = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    if together := all_at_once(grads):
+        together.clip(grads, norm, max_norm)
         return norm
     factor = array_module(norm).minimum(1.0, max_norm / (norm + 1e-6))
     for parameter in parameters.values():

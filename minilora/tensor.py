@@ -201,7 +201,7 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Array | None]) -> None:
         _, node = heapq.heappop(heap)
         assert node.vjp is not None
         arriving = tuple(
-            xp.zeros(shape, dtype) if grad is None else grad
+            xp.zeros(shape, dtype) if grad is None else grad.astype(dtype, copy=False)
             for grad, (shape, dtype, xp) in zip(node.pending, node.outputs, strict=True)
         )
         results = node.vjp(*arriving)
@@ -317,6 +317,11 @@ def _record(
 def is_recording() -> bool:
     """Whether primitives record now: not inside no_grad()."""
     return _recording
+
+
+def kernels_enabled() -> bool:
+    """Whether kernels may stand in for definitions now: not inside definitions_only()."""
+    return _kernels_enabled
 
 
 @contextmanager

@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from .. import ops
-from ..backend import Array, matmul, to_device
+from ..backend import Array, matmul, resident, to_device
 from ..nn import AdapterState, Linear
 from ..tensor import Tensor
 from .config import LoraConfig
@@ -41,6 +43,12 @@ class Selection:
         """The selection for those rows of the batch that are adapter `name`'s."""
         number = self.dropout_pass if self.dropout_pass is None or self.row_passes is None else self.row_passes[name]
         return Selection(((name, 1.0),), dropout_pass=number, part=self.part)
+
+
+@lru_cache(maxsize=4096)
+def places(rows: tuple[str | None, ...], name: str | None, device: str) -> Array:
+    """Which rows of the batch adapter `name` has, on the device."""
+    return resident(np.array([row for row, owner in enumerate(rows) if owner == name]), device)
 
 
 class LoraLayer:
@@ -146,6 +154,41 @@ class AdapterSlot:
             y = y + layer.update(linear, x, self._dropped(layer, x, selection), weight)
         return y
 
+    def plain(self) -> tuple[Tensor | None, Tensor | None, float] | None:
+        """A, B and the factor on B A of all that is selected here, (None, None, 0.0) for nothing; None where it takes
+        more.
+        """
+        selection: Selection = self.state.selection
+        if selection.rows is not None:
+            return None
+        active = [(self.layers[name], weight) for name, weight in selection.weights if name in self.layers]
+        if not active:
+            return None, None, 0.0
+        layer, weight = active[0]
+        if len(active) > 1 or self._drops(layer, selection) or type(layer).forward is not LoraLayer.forward:
+            return None
+        return *layer.factors(), layer.scale * weight
+
+    def low_rank_parts(self) -> list[tuple[Tensor, Tensor, Any]] | None:
+        """A, B and the factor on B A of all that is selected here, a number or one for each row of the batch (B,); None
+        where some of it is no plain product.
+        """
+        selection: Selection = self.state.selection
+        factors: dict[str | None, Any] = dict(selection.weights)
+        if selection.rows is not None:
+            names = dict.fromkeys(selection.rows)
+            factors = {name: np.array([own == name for own in selection.rows]) for name in names}
+        parts = []
+        for name, factor in factors.items():
+            layer = self.layers.get(name) if name is not None else None
+            if layer is None:
+                continue
+            kind = type(layer)
+            if self._drops(layer, selection) or (kind.forward, kind.update) != (LoraLayer.forward, LoraLayer.update):
+                return None
+            parts.append((*layer.factors(), layer.scale * factor))
+        return parts
+
     def _drops(self, layer: LoraLayer, selection: Selection) -> bool:
         return bool(layer.dropout) and selection.dropout_pass is not None
 
@@ -164,8 +207,7 @@ class AdapterSlot:
         y = linear.base(x)  # (B, T, out)
         for name in dict.fromkeys(selection.rows):
             if name in self.layers:
-                mine = np.array([row for row, owner in enumerate(selection.rows) if owner == name])
-                index = to_device(mine, x.device)
+                index = places(selection.rows, name, x.device)
                 layer, own = self.layers[name], ops.select_rows(x, index=index)
                 update = layer.update(linear, own, self._dropped(layer, own, selection.of(name)), 1.0)
                 y = ops.add_rows(y, update, index=index)

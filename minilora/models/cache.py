@@ -31,6 +31,10 @@ class KVCache:
         held[:, self.length : self.length + time] = new.data
         return Tensor(held[:, : self.length + time])
 
+    def arrays(self) -> tuple[list[Array], list[Array]]:
+        """Each layer's keys and values with all their places (B, capacity, K, d), once every layer has extended."""
+        return self.keys, self.values  # type: ignore[return-value]
+
     def advance(self, count: int) -> None:
         """Count `count` new positions as held, after every layer has extended."""
         self.length += count

@@ -133,6 +133,21 @@ class CausalLM(Module):
         """Whether a checkpoint's tensor of this name needs no place here: a tied head, a buffer of constants."""
         return name == "lm_head.weight" and config.tie_word_embeddings
 
+    def lay_out(self) -> None:
+        """On a GPU, put the weights of layers that read the same input one under the other in memory.
+
+        They stay arrays of their own, with the same values; a kernel can take them as one matrix.
+        """
+        for _, module in self.named_modules():
+            for group in module.read_together():
+                weights = [layer.weight for layer in group]
+                if any(isinstance(weight.data, ops.CompressedWeight) or weight.trained for weight in weights):
+                    continue
+                whole = array_module(weights[0].data).concatenate([weight.data for weight in weights])
+                start = 0
+                for weight in weights:
+                    weight.data, start = whole[start : start + len(weight)], start + len(weight)
+
     def compute_in(self, dtype: np.dtype) -> None:
         """Let activations be of `dtype` from here on."""
         self.dtype = dtype

@@ -50,6 +50,9 @@ class SelfAttention(Module):
         self.q_norm = RMSNorm(weights.at("q_norm").take("weight", width), config.norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(weights.at("k_norm").take("weight", width), config.norm_eps) if qk_norm else None
 
+    def read_together(self) -> list[list[Linear]]:
+        return [[self.q_proj, self.k_proj, self.v_proj]]
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, time, _ = x.shape
         q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
@@ -74,6 +77,9 @@ class GatedMLP(Module):
         self.gate_proj = Linear.load(weights.at("gate_proj"), inner, hidden, bias)
         self.up_proj = Linear.load(weights.at("up_proj"), inner, hidden, bias)
         self.down_proj = Linear.load(weights.at("down_proj"), hidden, inner, bias)
+
+    def read_together(self) -> list[list[Linear]]:
+        return [[self.gate_proj, self.up_proj]]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.silu_mul(*together(x, self.gate_proj, self.up_proj)))

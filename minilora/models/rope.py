@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, device_of, to_device
+from ..backend import Array, device_of, resident
 from ..errors import MiniloraError
 
 
@@ -65,6 +65,6 @@ class RotaryTable:
         device = device_of(positions)
         if device not in self.tables:
             cos, sin = self.tables["cpu"]
-            self.tables[device] = to_device(cos, device), to_device(sin, device)
+            self.tables[device] = resident(cos, device), resident(sin, device)
         cos, sin = self.tables[device]
         return cos[positions][:, :, None], sin[positions][:, :, None]

@@ -13,6 +13,11 @@ from ..tensor import primitive
 from .linalg import linear, rows, times, times_transposed
 
 
+def scaled(lora_B: Array, scale: float, dtype: Any) -> Array:
+    """s · B in the activations' dtype: an adapter is float32 beside bfloat16 activations, and is rounded once."""
+    return cast(lora_B * lora_B.dtype.type(scale), dtype)
+
+
 @primitive
 def lora_linear(
     x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_B: Array, *, scale: float, needs: tuple[bool, ...]
@@ -30,10 +35,10 @@ def lora_linear(
     """
     shape_x = x.shape
     tokens = rows(x)  # (N, in)
-    lora_A, lora_B = cast(lora_A, x.dtype), cast(lora_B, x.dtype)  # of bfloat16 activations the adapter is float32
+    lora_A, scaled_B = cast(lora_A, x.dtype), scaled(lora_B, scale, x.dtype)
     u = product(tokens, lora_A.T)  # (N, r)
     y = times_transposed(tokens, weight)  # (N, out)
-    y += product(u * scale, lora_B.T)
+    y += product(u, scaled_B.T)
     if bias is not None:
         y += bias
     tokens = tokens if needs[3] else None
@@ -41,7 +46,7 @@ def lora_linear(
 
     def vjp(dy):
         g = rows(dy)
-        v = product(g, lora_B * scale) if needs[0] or needs[3] else None
+        v = product(g, scaled_B) if needs[0] or needs[3] else None
         dx = (times(g, weight) + product(v, lora_A)).reshape(shape_x) if needs[0] else None
         d_lora_A = product(v.T, tokens) if needs[3] else None
         d_lora_B = product(g.T, u) * scale if needs[4] else None
@@ -87,15 +92,15 @@ def low_rank(x: Array, lora_A: Array, lora_B: Array, *, scale: float, needs: tup
     """
     shape_x = x.shape
     tokens = rows(x)
-    lora_A, lora_B = cast(lora_A, x.dtype), cast(lora_B, x.dtype)
+    lora_A, scaled_B = cast(lora_A, x.dtype), scaled(lora_B, scale, x.dtype)
     u = product(tokens, lora_A.T)
-    y = product(u * scale, lora_B.T)
+    y = product(u, scaled_B.T)
     tokens = tokens if needs[1] else None
     u = u if needs[2] else None
 
     def vjp(dy):
         g = rows(dy)
-        v = product(g, lora_B * scale) if needs[0] or needs[1] else None
+        v = product(g, scaled_B) if needs[0] or needs[1] else None
         dx = product(v, lora_A).reshape(shape_x) if needs[0] else None
         return dx, (product(v.T, tokens) if needs[1] else None), (product(g.T, u) * scale if needs[2] else None)
 

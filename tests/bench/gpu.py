@@ -6,8 +6,8 @@
     python -m tests.bench.gpu --profile smollm2        our step by kernel
 
 Each side of a case is a process of its own: its peak is what its allocator took. bfloat16 base, float32 adapters, r = 8
-on all seven linears (GPT-2: its four), AdamW, every token labelled. Times are medians of single steps, from when the
-GPU is idle to when it is idle again.
+on all seven linears (GPT-2: its four), AdamW, every token labelled. Times are medians of blocks of steps that follow
+one another as in training, from when the GPU is idle to when it is idle again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 RANK, ALPHA, LEARNING_RATE = 8, 16, 1e-4
-WARMUP, STEPS = 4, 12
+WARMUP, BLOCKS, STEPS = 4, 7, 4  # steps before; timed blocks; steps of a block
 
 
 def llama(
@@ -83,16 +83,18 @@ CASES = {
 # --- sides, each run in a process of its own ------------------------------------------------------------------------
 
 
-def measure(step: Callable[[], Any], wait: Callable[[], Any], steps: int = STEPS) -> list[float]:
+def measure(step: Callable[[], Any], wait: Callable[[], Any]) -> list[float]:
+    """Seconds of a step, from each block."""
     for _ in range(WARMUP):
         step()
     wait()
     times = []
-    for _ in range(steps):
+    for _ in range(BLOCKS):
         begun = time.perf_counter()
-        step()
+        for _ in range(STEPS):
+            step()
         wait()
-        times.append(time.perf_counter() - begun)
+        times.append((time.perf_counter() - begun) / STEPS)
     return times
 
 

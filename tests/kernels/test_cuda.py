@@ -10,7 +10,7 @@ import pytest
 
 from minilora import ops
 from minilora.backend import array_module, dtype_of, matmul, one_pass, to_device, to_numpy
-from minilora.nn import Linear
+from minilora.nn import Linear, Module
 from minilora.optim import Adam, AdamW, clip_grad_norm, global_norm
 from minilora.tensor import PRIMITIVES, Tensor, backward, definitions_only
 
@@ -115,9 +115,27 @@ def test_norms_with_a_residual_are_their_definitions(shape, dtype, delta, device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (7, 11, 1536), (4, 11008)])
 def test_activations_and_sums_are_their_definitions(shape, dtype, device):
+    if len(shape) > 1:
+        side_by_side(shape, dtype, device)
     check("silu_mul", Arguments([4 * normal(*shape), normal(*shape)], {}), dtype, device, [shape])
     check("gelu_tanh", Arguments([3 * normal(*shape)], {}), dtype, device, [shape])
     check("add", Arguments([normal(*shape), normal(*shape)], {}), dtype, device, [shape])
+
+
+def side_by_side(shape: tuple[int, ...], dtype: str, device: str) -> None:
+    """silu_mul of two halves of one matrix, as layers that were taken together give them, is that of two arrays."""
+    both = to_device(normal(*shape[:-1], 2 * shape[-1]).astype(dtype_of(dtype)), device)
+    halves = both[..., : shape[-1]], both[..., shape[-1] :]
+    xp, dh = array_module(both), to_device(normal(*shape).astype(dtype_of(dtype)), device)
+    results = []
+    for pair in (halves, [xp.ascontiguousarray(half) for half in halves]):
+        leaves = [Tensor(half, requires_grad=True) for half in pair]
+        assert ops.silu_mul.has_kernel_for(*leaves)
+        h = ops.silu_mul(*leaves)
+        h.backward(dh)
+        results.append([to_numpy(h), *(to_numpy(leaf.grad) for leaf in leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,6 +159,55 @@ def test_lora_is_its_definition(count, inside, outside, rank, bias, dtype, devic
         normal(rank, inside) / 20, normal(outside, rank),
     ]  # fmt: skip
     check("lora_linear", Arguments(inputs, {"scale": 2.0}, wide=(3, 4), frozen=(1,)), dtype, device, [(count, outside)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("join", [True, False])
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (8, 0, 16), (8, 8)])
+def test_layers_whose_weights_lie_together_are_the_same_layers_apart(ranks, join, dtype, device, monkeypatch):
+    if not join:
+        monkeypatch.setattr(cuda_linear(), "JOIN_BELOW", 0)
+    random = np.random.default_rng(5)
+
+    def array(kind, *shape):
+        return to_device(random.standard_normal(shape).astype(dtype_of(kind)), device)
+
+    outs = [64 * (index + 1) for index in range(len(ranks))]
+    whole, x = array(dtype, sum(outs), 128), array(dtype, 3, 25, 128)
+    starts = np.cumsum([0, *outs])
+    dys = [array(dtype, 3, 25, out) for out in outs]
+    factors = [
+        (array("float32", rank, 128), array("float32", out, rank)) if rank else None
+        for rank, out in zip(ranks, outs, strict=True)
+    ]
+    results = []
+    for together in (True, False):
+        leaves, inputs = [Tensor(x, requires_grad=True)], []
+        for start, stop, pair in zip(starts[:-1], starts[1:], factors, strict=True):
+            weight = whole[start:stop]
+            own = [None, None] if pair is None else [Tensor(factor, requires_grad=True) for factor in pair]
+            leaves += [tensor for tensor in own if tensor is not None]
+            inputs += [Tensor(weight if together else weight.copy()), None, *own]
+        for _ in range(3):  # the first pass registers the group, later ones round it in place
+            for leaf in leaves:
+                leaf.grad = None
+            with one_pass(PASSES[together]):
+                ys = ops.lora_linears(leaves[0], *inputs, scales=(0.5,) * len(ranks))
+            backward(ys, dys)
+        results.append(
+            [to_numpy(y).astype(np.float64) for y in ys] + [to_numpy(leaf.grad).astype(np.float64) for leaf in leaves]
+        )
+    for ours, theirs in zip(*results, strict=True):
+        assert np.linalg.norm(ours - theirs) <= BOUNDS[dtype] * np.linalg.norm(theirs)
+
+
+PASSES = [Module(), Module()]  # anything that passes can be told apart by
+
+
+def cuda_linear() -> Any:
+    from minilora.kernels.cuda import linear
+
+    return linear
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -218,6 +285,13 @@ def trained(device: str, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_q_k_and_v_of_one_array_are_taken_apart_and_put_together(dtype, device):
+    shape = (2, 7, 3, 2, 64)
+    parts = [(2, 7, 2, 64)] * 3
+    check("unstack", Arguments([normal(*shape)], {"axis": 2}), dtype, device, parts)
+
+
 @pytest.mark.parametrize("kind", [AdamW, Adam])
 def test_one_launch_for_all_adapters_does_what_a_launch_each_does(kind, device):
     """The optimiser, the norm and clipping on the GPU beside the same on the CPU."""
@@ -228,6 +302,8 @@ def test_one_launch_for_all_adapters_does_what_a_launch_each_does(kind, device):
         norms = []
         for step in range(4):
             for name, tensor in trained(place, step).items():
+                if name == "0" and tensor.grad is not None:  # columns of a wider matrix
+                    tensor.grad = array_module(tensor.grad).concatenate([tensor.grad] * 2, axis=1)[:, :576]
                 parameters[name].grad = None if name == "2" and step == 1 else tensor.grad
             norms.append(float(global_norm(parameters)))
             assert float(clip_grad_norm(parameters, 1.0)) == norms[-1]

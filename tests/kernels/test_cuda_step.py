@@ -133,7 +133,6 @@ def test_recorded_steps_are_the_steps_launch_by_launch(family, checkpoint, devic
         results.append(trained(model, 12, recorded))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=2e-3)
     assert distance(*(parameters for _, parameters in results)) < 2e-2
-    assert results[0][0][9] < results[0][0][0]
 
 
 def test_a_recorded_step_gives_the_same_bits_every_time(device):

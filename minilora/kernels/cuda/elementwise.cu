@@ -10,31 +10,59 @@ __device__ __forceinline__ long long pack_index() {
     return ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDE;
 }
 
-extern "C" __global__ void silu_mul(const T* gate, const T* up, T* h, long long size) {
-    const long long at = pack_index();
-    if (at >= size) return;
+// Rows of `width` values; the rows of gate and of up (and of their gradients) are `stride` values apart, since both may
+// be columns of one matrix. A block's threads go along a row.
+extern "C" __global__ void silu_mul(const T* gate, const T* up, T* h, long long stride, int width) {
+    const int column = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE;
+    if (column >= width) return;
+    const long long row = blockIdx.x, at = row * stride + column;
     Pack a = load(gate + at), b = load(up + at);
     for (int k = 0; k < WIDE; k++) {
         const float x = widen(a.value[k]);
         a.value[k] = narrow<T>(x * sigmoid(x) * widen(b.value[k]));
     }
-    store(h + at, a);
+    store(h + row * width + column, a);
 }
 
 // dgate = dh up s (1 + gate (1 - s)), dup = dh gate s, with s = sigmoid(gate).
 extern "C" __global__ void silu_mul_backward(
-    const T* gate, const T* up, const T* dh, T* dgate, T* dup, long long size
+    const T* gate, const T* up, const T* dh, T* dgate, T* dup, long long stride, long long stride_out, int width
 ) {
-    const long long at = pack_index();
-    if (at >= size) return;
-    Pack a = load(gate + at), b = load(up + at), d = load(dh + at);
+    const int column = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE;
+    if (column >= width) return;
+    const long long row = blockIdx.x, at = row * stride + column, to = row * stride_out + column;
+    Pack a = load(gate + at), b = load(up + at), d = load(dh + row * width + column);
     for (int k = 0; k < WIDE; k++) {
         const float x = widen(a.value[k]), s = sigmoid(x), arriving = widen(d.value[k]);
         a.value[k] = narrow<T>(arriving * widen(b.value[k]) * s * (1 + x * (1 - s)));
         d.value[k] = narrow<T>(arriving * x * s);
     }
-    store(dgate + at, a);
-    store(dup + at, d);
+    store(dgate + to, a);
+    store(dup + to, d);
+}
+
+// to[r, part] = from_part[r] for three arrays of (rows, width): q, k and v side by side.
+extern "C" __global__ void side_by_side(
+    const T* first, const T* second, const T* third, T* to, long long size, int width_1, int width_2, int width_3
+) {
+    const long long at = pack_index();
+    if (at >= size) return;
+    const int width = width_1 + width_2 + width_3;
+    const long long row = at / width;
+    int column = at % width;
+    const T* from = first;
+    int own = width_1;
+    if (column >= width_1) {
+        column -= width_1;
+        from = second;
+        own = width_2;
+        if (column >= width_2) {
+            column -= width_2;
+            from = third;
+            own = width_3;
+        }
+    }
+    store(to + at, load(from + row * own + column));
 }
 
 constexpr float GELU_C = 0.7978845608028654f;  // sqrt(2 / pi)

@@ -7,6 +7,7 @@ Axes: N tokens, in and out the layer's widths, r the rank, R the sum of ranks of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
@@ -16,9 +17,9 @@ from ... import ops
 from ...backend import Array
 from ...ops.linalg import rows
 from .gemm import gemm
-from .lists import narrowed
+from .lists import narrowed, narrowed_stack
 from .memory import keep
-from .source import C_NAMES, fits, over_packs
+from .source import C_NAMES, columns, fits, over_packs
 
 
 def add_bias(y: Array, bias: Array | None) -> None:
@@ -73,6 +74,8 @@ def lora_linear(
 
 # --- layers that read the same x --------------------------------------------------------------------------------------
 
+JOIN_BELOW = 1 << 23  # entries: gradients of layers are copied side by side where that costs less than more products
+
 
 def group_applies(x: Array, *layers: Any, scales: tuple[float, ...]) -> bool:
     if not (isinstance(x, cupy.ndarray) and x.dtype.name in C_NAMES and x.size > 0):
@@ -85,58 +88,132 @@ def group_applies(x: Array, *layers: Any, scales: tuple[float, ...]) -> bool:
 
 @ops.lora_linears.kernel("cuda", group_applies)
 def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
-    """The A of all layers as one matrix (R, in): x is read once for every u, once for every dA, and dx has one term."""
+    """The layers as one: W one under the other (CausalLM.lay_out puts them so), A too, and B as the blocks of a matrix
+    that is zero elsewhere. Forward is then three products for all, and backward five.
+    """
+    weights = layers[::4]
+    used = {scale for A, scale in zip(layers[2::4], scales, strict=True) if A is not None}
+    W = one_under_the_other(weights)
+    if W is None or len(used) != 1:
+        return one_after_another(x, *layers, scales=scales, needs=needs)
+    (scale,) = used
     shape_x, tokens, dtype = x.shape, rows(x), x.dtype
-    weights, biases = layers[::4], layers[1::4]
+    As, Bs = ([factor for factor in layers[place::4] if factor is not None] for place in (2, 3))
+    sizes = [(len(weight), 0 if A is None else len(A)) for weight, A in zip(weights, layers[2::4], strict=True)]
+    stack = narrowed_stack(As, Bs, sizes, dtype)
+    u = gemm(tokens, stack.lora_A.T)  # (N, R)
+    y = gemm(tokens, W.T)  # (N, Σ out)
+    gemm(u, stack.lora_B.T, y, alpha=scale, beta=1.0)
+    starts = np.cumsum([0, *(out for out, _ in sizes)]).tolist()
+    ys = [columns(y, start, (*shape_x[:-1], out)) for start, (out, _) in zip(starts[:-1], sizes, strict=True)]
+    for part, bias in zip(ys, layers[1::4], strict=True):
+        if bias is not None:
+            part += bias.astype(dtype, copy=False)
     needs_bias, needs_A, needs_B = needs[2::4], needs[3::4], needs[4::4]
-    As = [None if A is None else narrowed(A, dtype) for A in layers[2::4]]
-    Bs = [None if B is None else narrowed(B, dtype) for B in layers[3::4]]
-    ranks = [0 if A is None else len(A) for A in As]
-    ends = np.cumsum(ranks).tolist()
-    parts = [slice(end - rank, end) for rank, end in zip(ranks, ends, strict=True)]  # of each layer in R
-    total = ends[-1]
-    stacked = None
-    if total:
-        present = [A for A in As if A is not None]
-        stacked = present[0] if len(present) == 1 else cupy.concatenate(present)  # (R, in)
-        u = gemm(tokens, stacked.T)  # (N, R)
-    ys = []
-    for weight, bias, B, part, scale in zip(weights, biases, Bs, parts, scales, strict=True):
-        y = gemm(tokens, weight.T)
-        if B is not None:
-            gemm(u[:, part], B.T, y, alpha=scale, beta=1.0)
-        add_bias(y, bias)
-        ys.append(y.reshape(*shape_x[:-1], len(weight)))
     kept: Any = keep(x) if any(needs_A) else None
     kept_u: Any = u if any(needs_B) else None
     del tokens
 
     def vjp(*dys):
         gs = [rows(dy) for dy in dys]
-        v = cupy.empty((len(gs[0]), total), dtype) if total and (needs[0] or any(needs_A)) else None
-        if v is not None:
-            for g, B, part, scale in zip(gs, Bs, parts, scales, strict=True):
-                if B is not None:
-                    gemm(g, B, v[:, part], alpha=scale)
+        g = side_by_side(gs)
+        v = None
+        if needs[0] or any(needs_A):
+            v = product_of_parts(gs if g is None else [g], stack.lora_B, scale)
         dx = None
         if needs[0]:
-            for g, weight in zip(gs, weights, strict=True):
-                dx = gemm(g, weight, dx, beta=0.0 if dx is None else 1.0)
-            if v is not None:
-                gemm(v, stacked, dx, beta=1.0)
+            dx = product_of_parts(gs if g is None else [g], W)
+            gemm(v, stack.lora_A, dx, beta=1.0)
             dx = dx.reshape(shape_x)
-        d_stacked = gemm(v.T, rows(kept()), dtype=np.float32) if any(needs_A) else None  # (R, in)
-        gradients = []
-        for index, (g, part) in enumerate(zip(gs, parts, strict=True)):
-            d_bias = g.sum(axis=0, dtype=np.float32) if needs_bias[index] else None
-            d_lora_A = own_rows(d_stacked, part) if needs_A[index] else None
-            d_lora_B = None
+        d_lora_A = gemm(v.T, rows(kept()), dtype=np.float32) if any(needs_A) else None  # (R, in)
+        d_lora_B: Any = None
+        if any(needs_B):
+            d_lora_B = cupy.empty((starts[-1], kept_u.shape[1]), np.float32)  # (Σ out, R): its blocks are what is asked
+            start = 0
+            for part in gs if g is None else [g]:
+                gemm(part.T, kept_u, d_lora_B[start : start + part.shape[1]], alpha=scale)
+                start += part.shape[1]
+        gradients: list[Any] = []
+        rank_start = 0
+        for index, (out, rank) in enumerate(sizes):
+            A_part = B_part = None
+            if needs_A[index]:
+                A_part = own_rows(d_lora_A, slice(rank_start, rank_start + rank))
             if needs_B[index]:
-                d_lora_B = gemm(g.T, kept_u[:, part], alpha=scales[index], dtype=np.float32)
-            gradients += [None, d_bias, d_lora_A, d_lora_B]
+                block = d_lora_B[starts[index] : starts[index + 1]]
+                B_part = columns(block, rank_start, (out, rank))
+            d_bias = gs[index].sum(axis=0, dtype=np.float32) if needs_bias[index] else None
+            gradients += [None, d_bias, A_part, B_part]
+            rank_start += rank
         return dx, *gradients
 
     return tuple(ys), vjp
+
+
+def one_under_the_other(matrices: Sequence[Array]) -> Array | None:
+    """Contiguous matrices of one width that follow one another in memory, as one; None where they do not."""
+    first, end = matrices[0], matrices[0].data.ptr
+    for matrix in matrices:
+        if matrix.data.ptr != end or not matrix.flags.c_contiguous or matrix.shape[1] != first.shape[1]:
+            return None
+        end += matrix.nbytes
+    return cupy.ndarray((sum(map(len, matrices)), first.shape[1]), first.dtype, first.data)
+
+
+def side_by_side(parts: Sequence[Array]) -> Array | None:
+    """(N, width) parts as one (N, Σ width) matrix: what they are columns of, a copy if it is small, or None."""
+    widths = [part.shape[1] for part in parts]
+    total, first = sum(widths), parts[0]
+    row = total * first.itemsize
+    start, adjacent = first.data.ptr, True
+    for part, width in zip(parts, widths, strict=True):
+        adjacent = adjacent and part.data.ptr == start and part.strides == (row, part.itemsize)
+        start += width * part.itemsize
+    if adjacent and len(first) > 1:
+        return cupy.ndarray((len(first), total), first.dtype, first.data)
+    if len(first) * total > JOIN_BELOW:
+        return None
+    if len(parts) > 3 or not fits(*(part.reshape(-1, width) for part, width in zip(parts, widths, strict=True))):
+        return cupy.concatenate(parts, axis=1)
+    joined = cupy.empty((len(first), total), first.dtype)
+    three = [*parts, *(parts[-1],) * (3 - len(parts))]
+    sizes = [np.int32(width) for width in (*widths, 0, 0)[:3]]
+    over_packs("elementwise", "side_by_side", joined.size, joined, *three, joined, np.int64(joined.size), *sizes)
+    return joined
+
+
+def product_of_parts(parts: Sequence[Array], matrix: Array, alpha: float = 1.0) -> Array:
+    """alpha · (parts side by side) · matrix, a part after the other, added up by the products themselves."""
+    result, start = None, 0
+    for part in parts:
+        stop = start + part.shape[1]
+        result = gemm(part, matrix[start:stop], result, alpha, beta=0.0 if result is None else 1.0)
+        start = stop
+    assert result is not None
+    return result
+
+
+def one_after_another(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
+    """Layers whose W lie apart, or whose scales differ: each with its own products, dx added up by them."""
+    parts = []
+    for index, scale in enumerate(scales):
+        weight, bias, lora_A, lora_B = layers[4 * index : 4 * index + 4]
+        mine = (needs[0], *needs[4 * index + 1 : 4 * index + 5])
+        if lora_A is None:
+            parts.append(ops.linear.definition(x, weight, bias, needs=(needs[0], False, mine[2])))
+        else:
+            parts.append(lora_linear(x, weight, bias, lora_A, lora_B, scale=scale, needs=mine))
+
+    def vjp(*dys):
+        dx, gradients = None, []
+        for (_, layer_vjp), dy in zip(parts, dys, strict=True):
+            mine, *rest = layer_vjp(dy)
+            if needs[0]:
+                dx = mine if dx is None else dx + mine
+            gradients += [*rest, None, None][:4]
+        return dx, *gradients
+
+    return tuple(y for y, _ in parts), vjp
 
 
 def own_rows(array: Array, part: slice) -> Array:

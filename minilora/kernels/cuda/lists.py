@@ -22,7 +22,7 @@ PIECE = 4096  # values that a block works on
 
 
 class Lists:
-    """Where the pieces of some arrays lie, for a launch over all of them. Arrays are float32 and contiguous."""
+    """Where the pieces of some float32 arrays lie, for a launch over all of them."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         pieces = [(number, start) for number, size in enumerate(sizes) for start in range(0, size, PIECE)]
@@ -44,6 +44,7 @@ class Tables:
     def __init__(self) -> None:
         self.lists: dict[tuple[int, ...], Lists] = {}
         self.addresses: dict[tuple[int, ...], Array] = {}
+        self.layouts: dict[tuple[Any, ...], Array] = {}
 
     def of(self, arrays: Sequence[Array]) -> Lists:
         key = (arrays[0].device.id, *(array.size for array in arrays))
@@ -60,14 +61,30 @@ class Tables:
             self.addresses[key] = cupy.asarray(np.array(key[1:], np.uint64))
         return self.addresses[key]
 
+    def rows(self, arrays: Sequence[Array]) -> Array:
+        """Each array's width and its distance from row to row, on the device."""
+        key = (arrays[0].device.id, *(row_layout(array) for array in arrays))
+        if key not in self.layouts:
+            self.layouts[key] = cupy.asarray(np.array(key[1:], np.int32).reshape(-1, 2))
+        return self.layouts[key]
+
 
 _tables = Tables()
 
 
-def fused(*arrays: Array) -> bool:
-    """Whether these can be in a list."""
+def row_layout(array: Array) -> tuple[int, int]:
+    """The width and the distance from row to row, in values, of an array that is contiguous or a part of columns."""
+    width = array.shape[-1] if array.ndim else 1
+    return width, (array.strides[0] // array.itemsize if array.ndim == 2 else width)
+
+
+def fused(*arrays: Array, parts: bool = False) -> bool:
+    """Whether these can be in a list: float32 and contiguous; with `parts`, matrices may be columns of wider ones."""
     return all(
-        isinstance(array, cupy.ndarray) and array.dtype == np.float32 and array.flags.c_contiguous for array in arrays
+        isinstance(array, cupy.ndarray)
+        and array.dtype == np.float32
+        and (array.flags.c_contiguous or (parts and array.ndim == 2 and array.strides[1] == array.itemsize))
+        for array in arrays
     )
 
 
@@ -75,17 +92,19 @@ def adamw(
     ws: list[Array], gs: list[Array], ms: list[Array], vs: list[Array], rates: np.ndarray, betas: tuple[float, float],
     eps: float, weight_decay: float, l2: float,
 ) -> None:  # fmt: skip
-    """AdamW over all arrays in place; rates (count, 3): lr, lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ) of each."""
+    """AdamW over all arrays in place; rates (count, 3): lr, lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ) of each. Of the arrays
+    only the gradients may be parts of wider ones.
+    """
     numbers = (np.float32(value) for value in (*betas, eps, weight_decay, l2))
-    addresses = (_tables.at(arrays) for arrays in (ws, gs, ms, vs))
-    _tables.of(ws).launch("adamw", *addresses, cupy.asarray(rates.astype(np.float32)), *numbers)
+    w, g, m, v = (_tables.at(arrays) for arrays in (ws, gs, ms, vs))
+    _tables.of(ws).launch("adamw", w, g, _tables.rows(gs), m, v, cupy.asarray(rates.astype(np.float32)), *numbers)
 
 
 def norm(gs: list[Array]) -> Array:
     """√(Σ g²) over all arrays, a 0-d float64 array."""
     lists, result = _tables.of(gs), cupy.zeros((), np.float64)
     partial = cupy.empty(max(1, lists.count), np.float64)
-    lists.launch("squares", _tables.at(gs), partial)
+    lists.launch("squares", _tables.at(gs), _tables.rows(gs), partial)
     if lists.count:
         function("lists", "root_of_sum", "float32", PIECE=PIECE)((1,), (256,), (partial, np.int32(lists.count), result))
     return result
@@ -93,19 +112,30 @@ def norm(gs: list[Array]) -> Array:
 
 def clip(gs: list[Array], norm: Array, most: float) -> None:
     """Every g times min(1, most / (norm + 1e-6)), in place."""
-    _tables.of(gs).launch("clip", _tables.at(gs), norm, np.float64(most))
+    _tables.of(gs).launch("clip", _tables.at(gs), _tables.rows(gs), norm, np.float64(most))
 
 
 # --- adapters rounded for a pass ------------------------------------------------------------------------------------
 
 
+class Stack(NamedTuple):
+    """A and B of layers that read the same input, in the activations' dtype: A one under the other, (R, in), and B as
+    the blocks of a (Σ out, R) matrix that is zero elsewhere; R: the sum of the ranks.
+    """
+
+    lora_A: Array
+    lora_B: Array
+
+
 class Rounded(NamedTuple):
-    """Copies of some arrays in another dtype: parts of one buffer, kept from pass to pass."""
+    """Copies of some arrays in another dtype, kept from pass to pass."""
 
     parts: dict[int, Array]  # by the address of the original
+    stacks: dict[tuple[int, ...], Stack]  # by the addresses of the As and Bs in them
     lists: Lists
     sources: Array
     targets: Array
+    rows: Array
 
 
 class Pass:
@@ -113,11 +143,13 @@ class Pass:
 
     def __init__(self) -> None:
         self.known: dict[int, weakref.ref] = {}  # arrays that its passes have used, by address
+        self.groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # As and Bs that were stacked; layers' sizes
         self.buffers: dict[tuple[Any, ...], Rounded] = {}
         self.rounded: dict[tuple[int, str], Array] | None = None  # None: outside a pass
+        self.stacks: dict[tuple[int, ...], Stack] = {}
 
     def round_all(self, dtype: np.dtype) -> None:
-        """Round every known array that is alive, into the buffer that they have."""
+        """Round every known array that is alive, into the buffers that they have."""
         assert self.rounded is not None
         here = cupy.cuda.Device().id
         alive: dict[int, Array] = {}
@@ -125,30 +157,58 @@ class Pass:
             array = reference()
             if array is None or array.data.ptr != address:
                 del self.known[address]
-            elif array.device.id == here:
+            elif array.device.id == here and array.flags.c_contiguous:
                 alive[address] = array
+        self.groups = {key: sizes for key, sizes in self.groups.items() if all(address in alive for address in key)}
         if not alive:
             return
-        key = (here, dtype.name, *((address, array.shape) for address, array in alive.items()))
+        key = (here, dtype.name, tuple(self.groups), *((address, array.shape) for address, array in alive.items()))
         if key not in self.buffers:
             self.buffers = {other: buffer for other, buffer in self.buffers.items() if other[:2] != key[:2]}
-            with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):  # it outlives a captured step
+            with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):  # it outlives a recorded step
                 self.buffers[key] = self._room(alive, dtype)
         buffer = self.buffers[key]
-        buffer.lists.launch("narrow_all", buffer.sources, buffer.targets, dtype=dtype.name)
+        buffer.lists.launch("narrow_all", buffer.sources, buffer.targets, buffer.rows, dtype=dtype.name)
+        self.stacks = buffer.stacks
         for address, part in buffer.parts.items():
             self.rounded[address, dtype.name] = part
 
     def _room(self, arrays: dict[int, Array], dtype: np.dtype) -> Rounded:
-        sizes = [array.size for array in arrays.values()]
-        starts = np.cumsum([0, *(-(-size // 8) * 8 for size in sizes)])  # at 16-byte boundaries
-        buffer = cupy.empty(int(starts[-1]), dtype)
-        parts = {
-            address: cupy.ndarray(array.shape, dtype, buffer.data + int(start) * dtype.itemsize)
-            for (address, array), start in zip(arrays.items(), starts[:-1], strict=True)
-        }
-        targets = cupy.asarray(np.array([part.data.ptr for part in parts.values()], np.uint64))
-        return Rounded(parts, Lists(sizes), cupy.asarray(np.array(list(arrays), np.uint64)), targets)
+        parts: dict[int, Array] = {}
+        stacks = {}
+        for key, sizes in self.groups.items():
+            As, Bs = [arrays[address] for address in key[::2]], [arrays[address] for address in key[1::2]]
+            stacks[key] = stack = stacked(As, Bs, sizes, dtype)
+            for array, part in zip((*As, *Bs), parts_of(stack, sizes), strict=True):
+                parts[array.data.ptr] = part
+        for address, array in arrays.items():
+            if address not in parts:
+                parts[address] = cupy.empty(array.shape, dtype)
+        targets = cupy.asarray(np.array([parts[address].data.ptr for address in arrays], np.uint64))
+        rows = cupy.asarray(np.array([row_layout(parts[address]) for address in arrays], np.int32))
+        sources = cupy.asarray(np.array(list(arrays), np.uint64))
+        return Rounded(parts, stacks, Lists([array.size for array in arrays.values()]), sources, targets, rows)
+
+
+def parts_of(stack: Stack, sizes: Sequence[tuple[int, int]]) -> list[Array]:
+    """The As, then the Bs within a stack; sizes: (out, rank) of every layer, rank 0 for one without an adapter."""
+    ranks, outs = np.cumsum([0, *(rank for _, rank in sizes)]), np.cumsum([0, *(out for out, _ in sizes)])
+    As, Bs = [], []
+    for index, (_, rank) in enumerate(sizes):
+        if rank:
+            columns = slice(ranks[index], ranks[index + 1])
+            As.append(stack.lora_A[columns])
+            Bs.append(stack.lora_B[outs[index] : outs[index + 1], columns])
+    return As + Bs
+
+
+def stacked(As: Sequence[Array], Bs: Sequence[Array], sizes: Sequence[tuple[int, int]], dtype: np.dtype) -> Stack:
+    """The stack of these As and Bs, rounded to the dtype."""
+    total, outs = sum(len(A) for A in As), sum(out for out, _ in sizes)
+    stack = Stack(cupy.empty((total, As[0].shape[1]), dtype), cupy.zeros((outs, total), dtype))
+    for array, part in zip((*As, *Bs), parts_of(stack, sizes), strict=True):
+        part[...] = array.astype(dtype)
+    return stack
 
 
 _passes: weakref.WeakKeyDictionary[Any, Pass] = weakref.WeakKeyDictionary()  # by network
@@ -164,7 +224,7 @@ def pass_of(network: Any) -> Pass:
 def one_pass(network: Any) -> Iterator[None]:
     """Inside, no adapter of the network changes: each is rounded once."""
     going_on = pass_of(network)
-    before, going_on.rounded = going_on.rounded, {}
+    before, going_on.rounded, going_on.stacks = going_on.rounded, {}, {}
     _current.append(going_on)
     try:
         yield
@@ -194,6 +254,25 @@ def narrowed(array: Array, dtype: np.dtype) -> Array:
         going_on.known[address] = weakref.ref(array)
         rounded[address, dtype.name] = array.astype(dtype)
     return rounded[address, dtype.name]
+
+
+def narrowed_stack(
+    As: Sequence[Array], Bs: Sequence[Array], sizes: Sequence[tuple[int, int]], dtype: np.dtype
+) -> Stack:
+    """The As and Bs of layers that read the same input, as `narrowed` has each, in one stack."""
+    if not _current or not fused(*As, *Bs) or As[0].dtype == dtype:
+        return stacked(As, Bs, sizes, dtype)
+    going_on = _current[-1]
+    assert going_on.rounded is not None
+    if not going_on.rounded:
+        going_on.round_all(dtype)
+    key = tuple(array.data.ptr for pair in zip(As, Bs, strict=True) for array in pair)
+    found = going_on.stacks.get(key)
+    if found is not None and found.lora_A.dtype == dtype:
+        return found
+    going_on.known |= {array.data.ptr: weakref.ref(array) for array in (*As, *Bs)}
+    going_on.groups[key] = list(sizes)
+    return stacked(As, Bs, sizes, dtype)
 
 
 many_arrays.append(sys.modules[__name__])

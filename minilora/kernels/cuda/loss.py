@@ -35,20 +35,29 @@ def linear_cross_entropy(x: Array, weight: Array, *, labels: Array, weights: Arr
     weights = weights.astype(np.float32, copy=False)
     dx = cupy.empty_like(x) if needs[0] else None
     dweight = cupy.zeros(weight.shape, np.float32) if needs[1] else None
-    logits = cupy.empty((chunk, vocabulary), np.float32)
-    dlogits: Any = cupy.empty((chunk, vocabulary), x.dtype) if any(needs) else None
+    stride = -(-vocabulary // 8) * 8  # of a row: with an odd one cuBLAS falls back to kernels of another age
+    logits = cupy.empty((chunk, stride), np.float32)
+    dlogits: Any = cupy.empty((chunk, stride), x.dtype) if any(needs) else None
     kernel = function("loss", "cross_entropy", x.dtype.name)
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
         rows = part.stop - start
-        gemm(x[part], weight.T, logits[:rows])
+        gemm(x[part], weight.T, logits[:rows, :vocabulary])
         gradient = np.uint64(0) if dlogits is None else dlogits
-        arguments = (logits, labels[part], weights[part], losses[part], gradient, np.int32(vocabulary))
+        arguments = (
+            logits,
+            labels[part],
+            weights[part],
+            losses[part],
+            gradient,
+            np.int32(vocabulary),
+            np.int32(stride),
+        )
         kernel((rows,), (THREADS,), arguments)
         if dx is not None:
-            gemm(dlogits[:rows], weight, dx[part])
+            gemm(dlogits[:rows, :vocabulary], weight, dx[part])
         if dweight is not None:
-            gemm(dlogits[:rows].T, x[part], dweight, beta=1.0)
+            gemm(dlogits[:rows, :vocabulary].T, x[part], dweight, beta=1.0)
 
     def vjp(dloss):
         return (None if dx is None else dx * dloss.astype(dx.dtype)), (None if dweight is None else dweight * dloss)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from ...backend import Array
 
+KEEP_BELOW = 1 << 24  # bytes: making an array again that is smaller costs more time than keeping it costs memory
+
 _recipes: dict[int, tuple[weakref.ref, Callable[[], Array]]] = {}
 
 
@@ -23,6 +25,6 @@ def remember(array: Array, recipe: Callable[[], Array]) -> None:
 def keep(array: Array) -> Callable[[], Array]:
     """What a closure holds to have `array` later."""
     known = _recipes.get(id(array))
-    if known is not None and known[0]() is array:
+    if known is not None and known[0]() is array and array.nbytes >= KEEP_BELOW:
         return known[1]
     return lambda: array

@@ -66,3 +66,17 @@ def pointer(array: Array | None) -> Any:
 def ready(gradient: Array) -> Array:
     """A gradient as the kernels read it."""
     return cupy.ascontiguousarray(gradient)
+
+
+def columns(matrix: Array, start: int, shape: tuple[int, ...]) -> Array:
+    """Some columns of a contiguous matrix (rows, width), from `start`, in `shape` (..., columns).
+
+    No view in the eyes of the tape, so that nobody copies it: the columns must be nobody else's to write to.
+    """
+    item = matrix.itemsize
+    strides = [item]
+    step = matrix.shape[1] * item
+    for size in reversed(shape[:-1]):
+        strides.append(step)
+        step *= size
+    return cupy.ndarray(shape, matrix.dtype, matrix.data + start * item, strides=tuple(reversed(strides)))
