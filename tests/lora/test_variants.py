@@ -139,7 +139,8 @@ def test_a_saved_adapter_computes_the_same_on_the_base_as_it_is(family, name, tm
 @variants
 def test_each_row_has_the_logits_and_gradients_of_its_own_adapter(name, device):
     network = adapted(name, device=device)
-    tiny.add_random_adapter(network, "b", seed=7)
+    network.add_adapter("b", config("lora"), seed=7)
+    disturb(network, "b", seed=7)
     tokens, labels = tiny.labelled(3, 6)
     rows = ["b", "a", None]
     network.set_adapter(rows=rows)
