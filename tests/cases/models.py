@@ -26,6 +26,7 @@ TARGETS: list[str] = [  # expressions, each with the names of every family
     r".*\.(q_proj|v_proj|c_attn)",
     r".*\.(k_proj|o_proj|down_proj|c_proj)",
     r".*\.(gate_proj|up_proj|c_fc)|lm_head",
+    r".*\.(embed_tokens|v_proj|wte|wpe|c_attn)",
 ]
 
 architectures = st.sampled_from(sorted(ARCHITECTURES))

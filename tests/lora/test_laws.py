@@ -29,9 +29,12 @@ def logits(network: ml.Model, ids: np.ndarray) -> np.ndarray:
 
 
 def deltas(network: ml.Model, name: str) -> dict[str, np.ndarray]:
-    """ΔW of each layer, from s, B and A."""
-    layers = network._adapters.layers(name)
-    return {path: layer.scale * ml.to_numpy(layer.lora_B) @ ml.to_numpy(layer.lora_A) for path, layer in layers.items()}
+    """ΔW of each layer, from s, B and A: s B A, of an embedding (V, D) its transpose."""
+    found = {}
+    for path, layer in network._adapters.layers(name).items():
+        product = layer.scale * ml.to_numpy(layer.lora_B) @ ml.to_numpy(layer.lora_A)
+        found[path] = product.T if path in ("model.embed_tokens", "transformer.wte", "transformer.wpe") else product
+    return found
 
 
 # --- the value --------------------------------------------------------------------------------------------------------
@@ -84,10 +87,10 @@ def test_the_update_is_proportional_to_alpha_and_has_at_most_rank_r(architecture
 
 def merged_updates(network: ml.Model, name: str) -> dict[str, np.ndarray]:
     """What merging adds to each weight."""
-    linears = network._adapters.linears
-    before = {path: np.array(ml.to_numpy(linear.weight)) for path, linear in linears.items()}
+    modules = network._adapters.adaptable
+    before = {path: np.array(ml.to_numpy(module.weight)) for path, module in modules.items()}
     network.merge_adapter(name)
-    after = {path: np.array(ml.to_numpy(linear.weight)) for path, linear in linears.items()}
+    after = {path: np.array(ml.to_numpy(module.weight)) for path, module in modules.items()}
     network.unmerge_adapter()
     return {path: after[path] - before[path] for path in network._adapters.layers(name)}
 
