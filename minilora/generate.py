@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from .backend import Array, array_module, to_numpy
 from .errors import MiniloraError
 from .models import CausalLM, KVCache
+from .models.decoding import decode, decoder_for
 from .tensor import no_grad
 
 PREFILL = 512  # positions of a prompt in one pass: bounds the memory that attention takes on a long prompt
@@ -370,6 +372,8 @@ class _Pass:
         self.network, self.rows = network, rows
         self.selection = network.adapter_state.selection
         self.segments: np.ndarray | None = None
+        self.decoder: Any = None  # the kernel for steps, made for the sequences that are left
+        self.decodes = 0  # how many sequences that was looked for with
 
     def prefill(self, tokens: np.ndarray, segments: np.ndarray | None, cache: KVCache) -> Array:
         """The whole prompts (B, T) into the cache, in parts; the logits (B, V) after the last position."""
@@ -383,6 +387,11 @@ class _Pass:
         """One more token for every row, (B, 1) -> logits (B, V)."""
         if self.segments is not None:
             self.segments = np.pad(self.segments, ((0, 0), (0, 1)), constant_values=1)
+        with self._selected():
+            if self.decodes != len(tokens):
+                self.decoder, self.decodes = decoder_for(self.network, len(tokens)), len(tokens)
+            if self.decoder is not None:
+                return decode(self.network, self.decoder, tokens, self.segments, cache)
         return self._forward(tokens, cache, last=True)
 
     def keep(self, rows: list[int]) -> None:
@@ -392,15 +401,20 @@ class _Pass:
             self.rows = [self.rows[row] for row in rows]
 
     def _forward(self, tokens: np.ndarray, cache: KVCache, last: bool) -> Array:
+        with self._selected():
+            if last:
+                return self.network.logits(tokens, self.segments, cache, last=True).data[:, -1]
+            return self.network.hidden(tokens, self.segments, cache).data
+
+    @contextmanager
+    def _selected(self) -> Iterator[None]:
+        """Inside, the adapters that were selected at the start hold, without dropout, and nothing is recorded."""
         state = self.network.adapter_state
-        before = state.selection
-        rows = None if self.rows is None else tuple(self.rows)
+        before, rows = state.selection, None if self.rows is None else tuple(self.rows)
         state.selection = replace(self.selection, rows=rows, dropout_pass=None)
         try:
             with no_grad():
-                if last:
-                    return self.network.logits(tokens, self.segments, cache, last=True).data[:, -1]
-                return self.network.hidden(tokens, self.segments, cache).data
+                yield
         finally:
             state.selection = before
 

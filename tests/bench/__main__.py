@@ -7,7 +7,7 @@ python -m tests.bench optimisations         the step without each optimisation i
 python -m tests.bench --render              only write the tables again, from the JSON
 python -m tests.bench --list                what there is
 
-Results add up in the JSON, so that cases can be run one by one. For times that nothing disturbs: chrt -r 1 python -m ...
+Results add up in the JSON, so cases can be run one by one. For times that nothing disturbs: chrt -r 1 python -m ...
 """
 
 from __future__ import annotations

@@ -976,6 +976,48 @@ KERNELS = [
         CHAIN,
     ),
     Mutant(
+        "kernels/cpu/decode.py",
+        "u *= self.update.factor",
+        "pass",
+        "kernel for decoding: the factor of the adapters is missing",
+        ("tests/models/test_decoding.py::test_a_step_of_the_kernel_is_a_step_of_the_network",),
+    ),
+    Mutant(
+        "kernels/cpu/decode.py",
+        "inverse += self.eps",
+        "pass",
+        "kernel for decoding: eps is forgotten",
+        ("tests/models/test_decoding.py::test_a_step_of_the_kernel_is_a_step_of_the_network",),
+    ),
+    Mutant(
+        "kernels/cpu/decode.py",
+        "max(0, length + 1 - block.window)",
+        "max(0, length - block.window)",
+        "kernel for decoding: a window is one position too wide",
+        ("tests/models/test_decoding.py::test_a_step_of_the_kernel_is_a_step_of_the_network",),
+    ),
+    Mutant(
+        "kernels/cpu/decode.py",
+        "self.qk[:, :queries] *= block.scale",
+        "self.qk *= block.scale",
+        "kernel for decoding: keys are scaled, too",
+        ("tests/models/test_decoding.py::test_a_step_of_the_kernel_is_a_step_of_the_network",),
+    ),
+    Mutant(
+        "kernels/cpu/decode.py",
+        "lora_B[edges[number] : edges[number + 1], end - rank : end] = each.lora_B",
+        "lora_B[edges[number] : edges[number + 1], :rank] = each.lora_B",
+        "kernel for decoding: every layer's B reads the first layer's u",
+        ("tests/models/test_decoding.py::test_a_step_of_the_kernel_is_a_step_of_the_network",),
+    ),
+    Mutant(
+        "kernels/cpu/decode.py",
+        "            scores += hidden[:, None, None, seen]\n",
+        "            pass\n",
+        "kernel for decoding: padding is attended to",
+        ("tests/models/test_decoding.py::test_a_step_of_the_kernel_is_a_step_of_the_network",),
+    ),
+    Mutant(
         "models/cache.py",
         "held[:, self.length : self.length + time] = new.data",
         "held[:, :time] = new.data",
@@ -1316,6 +1358,75 @@ MANY = [
     ),
 ]
 
+# What other programs read. Their own verdict is in tests/parity; these are noticed without them.
+ADAPTER_FILES = ("tests/formats/test_updates.py", "tests/formats/test_gguf_adapter.py", "tests/formats/test_mlx.py")
+MODEL_FILES = ("tests/formats/test_gguf_write.py", "tests/formats/test_gguf_vocabulary.py")
+EXPORTS = [
+    Mutant(
+        "formats/gguf_names.py",
+        "return rows.reshape(heads, 2, -1, *rows.shape[1:])",
+        "return rows.reshape(heads, -1, 2, *rows.shape[1:])",
+        "rows of q and k are moved the other way round",
+        ADAPTER_FILES,
+    ),
+    Mutant(
+        "formats/gguf_names.py",
+        """return heads if found[1] == "q" else key_heads""",
+        "return heads",
+        "k's rows are moved within as many heads as q has",
+        ADAPTER_FILES,
+    ),
+    Mutant(
+        "formats/gguf_adapter.py",
+        "== alpha else update.scaled_to(alpha / update.rank)",
+        "== alpha else update.scaled_to(alpha)",
+        "llama.cpp's scale is taken for alpha itself",
+        ADAPTER_FILES,
+    ),
+    Mutant(
+        "formats/gguf_adapter.py",
+        "lora_B = same.lora_B if heads is None else permute_rows(same.lora_B, heads)",
+        "lora_B = same.lora_B",
+        "B's rows stay in Hugging Face's order",
+        ADAPTER_FILES,
+    ),
+    Mutant(
+        "formats/updates.py",
+        "(self.scale / scale)",
+        "(scale / self.scale)",
+        "the factor is folded into B the wrong way round",
+        ADAPTER_FILES,
+    ),
+    Mutant(
+        "formats/mlx.py",
+        "return blocks - first, sorted(same) + others",
+        "return first + 1, sorted(same) + others",
+        "mlx-lm's layers are counted from the front",
+        ADAPTER_FILES,
+    ),
+    Mutant(
+        "formats/mlx.py",
+        "alpha=scale * ranks.pop()",
+        "alpha=scale",
+        "mlx-lm's scale is taken for alpha",
+        ADAPTER_FILES,
+    ),
+    Mutant(
+        "formats/gguf_write.py",
+        "return (plain / inverse_frequencies(",
+        "return (1 / plain * inverse_frequencies(",
+        "Llama 3's rotary divisors are their inverses",
+        MODEL_FILES,
+    ),
+    Mutant(
+        "formats/gguf_vocabulary.py",
+        "scores = [-float(ranks.get(",
+        "scores = [float(ranks.get(",
+        "SentencePiece's scores rank the last merge first",
+        MODEL_FILES,
+    ),
+]
+
 MUTANTS = [
     *ARITHMETIC,
     *MATRICES,
@@ -1330,4 +1441,5 @@ MUTANTS = [
     *KERNELS,
     *VARIANTS,
     *MANY,
+    *EXPORTS,
 ]
