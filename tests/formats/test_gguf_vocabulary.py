@@ -103,7 +103,7 @@ def test_tokens_around_a_text_are_kept(tmp_path, before, after):
 def sentencepiece(prefix: bool = True) -> Tokenizer:
     """A tokenizer of Llama 2's kind: SentencePiece BPE with byte fallback."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    merges = [("h", "e"), ("l", "l"), ("▁", "t"), ("he", "ll"), ("▁t", "he"), ("hell", "o"), ("▁", "▁")]
+    merges = [("h", "e"), ("l", "l"), ("▁", "t"), ("he", "ll"), ("▁t", "he"), ("hell", "o"), ("e", "l"), ("▁", "▁")]
     pieces += [left + right for left, right in merges]
     pieces += sorted({character for text in ("▁helot", "abcdefgijkmnpqrsuvwxyz.,1234567890'") for character in text})
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
