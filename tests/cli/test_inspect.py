@@ -49,8 +49,7 @@ def test_the_table_of_a_model_counts_layers_together_unless_all_are_asked_for(ru
 def full_norms(model: ml.Model) -> dict[str, float]:
     """‖ΔW‖_F by the definition: the whole matrix."""
     return {
-        path: float(np.linalg.norm(layer.delta(np.zeros(0))))
-        for path, layer in model._adapters.layers("a").items()
+        path: float(np.linalg.norm(layer.delta(np.zeros(0)))) for path, layer in model._adapters.layers("a").items()
     }
 
 
@@ -134,3 +133,20 @@ def test_smollm2_is_210_q4_1_one_q8_0_and_61_float32_tensors(run):
     assert "llama.block_count 30" in shown
     (line,) = [line for line in shown.splitlines() if "ffn_down" in line]
     assert line.split()[:6] == ["blk.*.ffn_down.weight", "30", "576", "×", "1536", "Q4_1"]
+
+
+def test_an_adapter_s_embeddings_and_what_it_has_whole_are_shown(run, base, tmp_path):
+    model = ml.load_model(base)
+    config = ml.LoraConfig(r=30, alpha=6, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"])
+    tiny.add_random_adapter(model, "a", config)
+    model.save_adapter("a", tmp_path / "a")
+    updates = {update["module"]: update for update in inspected(run, tmp_path / "a")["updates"]}
+    table = model._adapters.layers("a")["model.embed_tokens"].delta(model.network.model.embed_tokens.weight.data)
+    assert updates["model.embed_tokens"]["norm"] == pytest.approx(float(np.linalg.norm(table)), rel=1e-5)
+    assert (updates["model.embed_tokens"]["in"], updates["model.embed_tokens"]["out"]) == (texts.VOCABULARY, 24)
+    _, shown, _ = run("inspect", tmp_path / "a")
+    assert "modules_to_save lm_head" in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("base_model.model.lm_head.weight")]
+    assert line.split()[1:5] == ["1", str(texts.VOCABULARY), "×", "24"]
+    assert "lora_embedding_A" not in shown  # in the table of layers
+    assert "3 layers have a higher rank than their ΔW can have, first model.embed_tokens: at most 24" in shown

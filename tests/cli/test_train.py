@@ -93,6 +93,35 @@ def test_the_settings_that_a_run_leaves_do_the_same_run_again(base, data, tmp_pa
     assert (config["r"], config["lora_alpha"], config["use_rslora"], config["lora_dropout"]) == (2, 3, True, 0.1)
 
 
+def test_embeddings_the_head_and_whole_modules_are_trained_where_they_are_named(base, data, tmp_path):
+    options = [
+        "--steps",
+        3,
+        "--targets",
+        "q_proj,embed_tokens",
+        "--modules-to-save",
+        "lm_head, model.norm",
+        "--bias",
+        "all",
+    ]
+    status, shown, errors = minilora(*arguments(base, data, tmp_path / "a", *options))
+    assert (status, errors) == (0, "")
+    assert "own copy: lm_head.weight" in shown
+    settings = read_settings(tmp_path / "a" / "minilora.toml")
+    assert (settings["modules_to_save"], settings["bias"]) == (["lm_head", "model.norm"], "all")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["bias"]) == (["lm_head", "model.norm"], "all")
+    model = ml.load_model(base)
+    before = model.logits(np.array([[5, 6, 7]]))
+    model.load_adapter("a", tmp_path / "a")
+    assert (model.logits(np.array([[5, 6, 7]])) != before).any()
+    found = {key.removeprefix("base_model.model.") for key in model.adapter_parameters("a") if "q_proj" not in key}
+    assert found == {"model.embed_tokens.lora_embedding_A", "model.embed_tokens.lora_embedding_B", "lm_head.weight",
+                     "model.norm.weight"}  # fmt: skip
+    assert minilora("--config", tmp_path / "a" / "minilora.toml", "--out", tmp_path / "b")[0] == 0
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
+
+
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(base, data, tmp_path):
     (tmp_path / "run.toml").write_text(
         f'model = "{base}"\ndata = "{data}"\nepochs = 5\nbatch-size = 6\nrank = 3\nlr = 0.5\nwarmup = 0.5\n'
@@ -137,6 +166,8 @@ def test_training_goes_on_from_an_adapter(base, data, tmp_path):
             "error: target_modules 'q_prj' matches no linear layer or embedding; did you mean 'q_proj'",
         ),
         (["--targets", "(q"], 1, "is not a regular expression"),
+        (["--modules-to-save", "lm_head,nrom"], 1, "modules_to_save 'nrom' matches no module; did you mean 'norm'"),
+        (["--bias", "some"], 1, "bias is 'some', expected one of none, all, lora_only"),
         (["--rank", "0"], 1, "r is 0"),
         (["--lr", "0"], 1, "lr is 0.0, expected a number above 0"),
         (["--steps", "3", "--epochs", "2"], 1, "steps = 3 and epochs = 2"),

@@ -6,7 +6,7 @@ import pytest
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
-from minilora.lora.targets import check_patterns, pattern_value, shortest_patterns, target_names
+from minilora.lora.targets import check_patterns, pattern_value, saved_names, shortest_patterns, target_names
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -43,6 +43,30 @@ def test_a_string_is_a_regular_expression_for_the_whole_name():
     assert targets(target_modules=r".*\.(10|11)\.mlp\.up_proj") == [f"model.layers.{i}.mlp.up_proj" for i in (10, 11)]
     with pytest.raises(MiniloraError):
         targets(target_modules="q_proj")  # a search would find it
+
+
+def test_embeddings_are_targets_where_they_are_named_and_no_linear_layers():
+    names, table = ["model.embed_tokens", *NAMES], {"model.embed_tokens"}
+    assert target_names(names, LoraConfig(target_modules="All-Linear"), table) == NAMES[:-1]
+    assert target_names(names, LoraConfig(target_modules=["embed_tokens"]), table) == ["model.embed_tokens"]
+    assert target_names(names, LoraConfig(target_modules=r".*(embed_tokens|lm_head)"), table) == [names[0], names[-1]]
+
+
+def test_what_is_trained_whole_is_no_target():
+    saved = saved_names(["model.layers.3.mlp", *NAMES], ["layers.3.mlp", "lm_head"])
+    assert saved == ["model.layers.3.mlp", *(f"model.layers.3.mlp.{name}" for name in MLP), "lm_head"]
+    chosen = target_names(NAMES, LoraConfig(target_modules=["up_proj", "lm_head"]), saved=saved)
+    assert chosen == [f"model.layers.{layer}.mlp.up_proj" for layer in range(12) if layer != 3]
+
+
+def test_modules_to_save_are_ends_of_names_as_in_peft():
+    """Also without a dot before them: "norm" is every norm, "model.norm" the last one alone."""
+    names = ["model", "model.norm", "model.layers.0", "model.layers.0.input_layernorm", "model.layers.10"]
+    assert saved_names(names, ["norm"]) == ["model.norm", "model.layers.0.input_layernorm"]
+    assert saved_names(names, ["model.norm"]) == ["model.norm"]
+    assert saved_names(names, ["layers.0"]) == ["model.layers.0", "model.layers.0.input_layernorm"]
+    with pytest.raises(MiniloraError, match=r"modules_to_save 'layer\.1' matches no module"):
+        saved_names(names, ["norm", "layer.1"])
 
 
 def test_exclusions_win_and_are_matched_the_same_way():
@@ -125,6 +149,15 @@ def test_the_shortest_patterns_select_the_same_layers(config):
     assert len(patterns) <= len(chosen)
 
 
+def test_beside_layers_to_transform_a_module_outside_of_blocks_is_named_in_full():
+    """By its last part alone it would be none of those layers'."""
+    names = ["model.embed_tokens", *NAMES]
+    chosen = ["model.embed_tokens", "model.layers.0.mlp.up_proj"]
+    patterns = shortest_patterns(chosen, names, by_layer=True)
+    assert target_names(names, LoraConfig(target_modules=patterns, layers_to_transform=[0])) == chosen
+    assert "embed_tokens" in shortest_patterns(chosen, names)
+
+
 def test_layers_that_are_all_adapted_are_named_by_their_last_part():
     assert shortest_patterns(targets(target_modules=["q_proj", "mlp.up_proj"]), NAMES) == ["q_proj", "up_proj"]
 
@@ -151,6 +184,10 @@ def test_layers_that_are_all_adapted_are_named_by_their_last_part():
         ({"use_rslora": "yes"}, "use_rslora is 'yes', expected True or False"),
         ({"init": "random"}, "init is 'random', expected one of kaiming, gaussian, zeros, pissa or pissa_niter_N"),
         ({"bias": "some"}, "bias is 'some', expected one of none"),
+        (
+            {"modules_to_save": "lm_head"},
+            r"modules_to_save is 'lm_head', expected a list of names, e\.g\. \['lm_head'\]",
+        ),
     ],
 )
 def test_a_field_out_of_range_is_named(fields, message):

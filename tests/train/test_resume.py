@@ -14,6 +14,7 @@ from minilora.errors import MiniloraError
 from minilora.train import TrainingInterrupted
 from minilora.train.folder import Folder, Place, data_checksum
 from minilora.train.progress import Quiet
+from tests import tiny
 from tests.train import made
 
 RUN = {"steps": 10, "batch_size": 4, "accumulate": 2, "warmup": 2, "eval_every": 3, "seed": 5}
@@ -32,6 +33,10 @@ def with_norms():
     network = model()
     network.unfreeze(["norm.weight"])
     return network
+
+
+def with_own_parameters():
+    return made.model(target_modules=["embed_tokens", "v_proj"], modules_to_save=["lm_head", "norm"], dropout=0.2)
 
 
 def at_step(monkeypatch, number, action):
@@ -130,16 +135,22 @@ def test_a_finished_run_goes_on_when_more_steps_are_asked_for(tmp_path):
     made.assert_same(made.values(again), made.values(long))
 
 
-def test_unfrozen_base_parameters_are_resumed_too(monkeypatch, tmp_path):
-    whole = with_norms()
+@pytest.mark.parametrize("start", [with_norms, with_own_parameters])
+def test_whole_parameters_of_the_base_and_of_an_adapter_are_resumed_too(monkeypatch, tmp_path, start):
+    whole = start()
     run(whole, tmp_path / "whole")
     with monkeypatch.context() as patch:
         at_step(patch, 4, press_ctrl_c)
         with pytest.raises(TrainingInterrupted):
-            run(with_norms(), tmp_path / "run")
-    resumed = with_norms()
+            run(start(), tmp_path / "run")
+    resumed = start()
     run(resumed, tmp_path / "run", {"resume": True})
     made.assert_same(made.values(resumed), made.values(whole))
+    loaded = ml.new_model(tiny.llama(), seed=0, std=0.1)
+    if start is with_own_parameters:  # what was saved is all of it
+        loaded.load_adapter("a", tmp_path / "run")
+        assert np.array_equal(loaded.logits(tiny.tokens()), whole.logits(tiny.tokens()))
+        assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,32 @@ def test_rslora_and_the_weight_of_the_selection_are_in_the_scale():
     ]
 
 
+def test_what_an_adapter_trains_whole_has_lines_of_its_own():
+    network = ml.new_model(tiny.gpt2(), seed=0)
+    network.add_adapter(
+        "a", ml.LoraConfig(r=2, alpha=4, target_modules=["c_attn", "wte"], modules_to_save=["ln_f"], bias="lora_only")
+    )
+    summary = summarise(network)
+    assert summary.rows == [
+        Row("wte", 1, "2", "2", 2 * (61 + HIDDEN)),
+        Row("c_attn", 2, "2", "2", 2 * 2 * (HIDDEN + 3 * HIDDEN)),
+        Row("own copy: c_attn.bias", 2, "", "", 2 * 3 * HIDDEN),
+        Row("own copy: ln_f.weight", 1, "", "", HIDDEN),
+        Row("own copy: ln_f.bias", 1, "", "", HIDDEN),
+    ]
+    assert summary.trainable == sum(row.trainable for row in summary.rows)
+
+
+def test_a_rank_above_a_layer_s_size_is_said():
+    assert summarise(made.model(r=16)).excess == []  # v_proj has 16 rows
+    summary = summarise(made.model(r=20, target_modules=["v_proj", "up_proj", "embed_tokens"]))
+    assert summary.excess == [(f"model.layers.{layer}.self_attn.v_proj", 20, KV) for layer in (0, 1)]
+    assert summary.text().splitlines()[-1] == (
+        "2 layers have a higher rank than their ΔW can have, first model.layers.0.self_attn.v_proj: rank 20, and its "
+        "ΔW has at most 16, for which rank 16 is enough"
+    )
+
+
 def test_unfrozen_base_parameters_have_lines_of_their_own():
     network = ml.new_model(tiny.llama(), seed=0)
     network.unfreeze(["down_proj.weight", "model.norm.weight"])
