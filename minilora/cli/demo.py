@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..demo.show import PAGE, Watcher, run_demo
 from ..demo.tasks import TASKS, Task
+from ..errors import MiniloraError
 from ..train.progress import Quiet, StepReport
 from .console import bytes_text, console, print_json, print_table
 from .options import Json
@@ -42,6 +43,8 @@ def command(
         print_json({**asdict(results), "report": str(out / PAGE)})
     elif not quiet:
         print_end(results, out)
+    if fault := results.fault():
+        raise MiniloraError(f"{fault}: that is a mistake in minilora, please report it with {out / 'demo.json'}")
 
 
 class Narrator(Watcher):
@@ -179,7 +182,8 @@ def print_end(results: Results, out: Path) -> None:
     console().print(Text.assemble("\n", (f"Done in {results.seconds:.0f} s", "bold")))
     say(f"{out / PAGE}  all of this with curves and spectra: open it in a browser")
     say(f"{out}/{{{','.join(task.name for task in TASKS)}}}  the adapters, as PEFT reads them, and their rows in data")
-    say("\nNow with your own rows, a file of JSON Lines with a text, or a prompt and a completion, in each:")
+    console().print()
+    say("Now with your own rows, a file of JSON Lines with a text, or a prompt and a completion, in each:")
     for line in (
         "minilora train --model mini --data rows.jsonl --out runs/mine --lr 2e-3",
         "minilora report runs/mine",
@@ -193,7 +197,10 @@ def print_end(results: Results, out: Path) -> None:
 
 
 def say(text: str) -> None:
-    """A line, indented below its heading; cut nowhere, wrapped at the terminal's width."""
+    """A line below its heading, indented; in a terminal it wraps within the indentation, in a log it stays whole."""
+    if not sys.stdout.isatty():
+        typer.echo("  " + text)
+        return
     from rich.padding import Padding
     from rich.text import Text
 
@@ -201,14 +208,19 @@ def say(text: str) -> None:
 
 
 def print_texts(rows: Sequence[tuple[str, str]]) -> None:
-    """Names in bold beside longer texts, which wrap within their column."""
+    """Names beside longer texts, which in a terminal wrap within their column."""
+    rows = [(name, " ".join(text.split())) for name, text in rows]
+    if not sys.stdout.isatty():
+        for name, text in rows:
+            say(f"  {name}: {text}")
+        return
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    table: Any = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for name, text in rows:
-        table.add_row(Text(name), Text(" ".join(text.split())))
+        table.add_row(Text(name), Text(text))
     console().print(Padding(table, (0, 0, 0, 4), expand=False))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+MOST_ROUNDING = 1e-4  # of the largest logit: what merging in float32 may move one by
+
 
 @dataclass
 class Learned:
@@ -89,3 +91,14 @@ class Results:
     merged: Merged | None = None
     checked: Checked | None = None
     seconds: float = 0.0
+
+    def fault(self) -> str | None:
+        """What was found that cannot be so if all is right; None: nothing."""
+        merged, checked = self.merged, self.checked
+        if merged is not None and not merged.difference <= MOST_ROUNDING * merged.scale:
+            return f"merging changed the logits by {merged.difference:.2g}, of values up to {merged.scale:.2g}"
+        if merged is not None and not merged.restored:
+            return "unmerging did not give the base back bit for bit"
+        if checked is not None and checked.wrong:
+            return f"{checked.wrong} gradients differ from the finite differences"
+        return None

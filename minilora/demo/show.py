@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,15 @@ def run_demo(
     return results
 
 
+@dataclass(frozen=True)
 class Demo:
-    """What every step needs to know."""
+    """What every step needs to know: the arguments of `run_demo`."""
 
-    def __init__(self, out: Path, seed: int, steps: int | None, watch: Watcher, model: str) -> None:
-        self.out, self.seed, self.steps, self.watch, self.model = out, seed, steps, watch, model
+    out: Path
+    seed: int
+    steps: int | None
+    watch: Watcher
+    model: str
 
 
 def check_out(out: Path) -> None:

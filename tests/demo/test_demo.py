@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -84,6 +85,18 @@ def test_an_adapter_that_is_merged_wrongly_would_be_seen(base, finished, monkeyp
     wrong = demo.Results(base, 0, 0, 0)
     demo.merge(model, wrong, demo.Demo(out, 3, None, demo.Watcher(), base))
     assert wrong.merged.difference > 100 * results.merged.difference
+    assert "merging changed the logits" in wrong.fault()
+
+
+def test_what_cannot_be_so_is_a_fault(finished):
+    results = finished[1]
+    assert results.fault() is None
+    broken = replace(results, checked=replace(results.checked, wrong=2))
+    assert broken.fault() == "2 gradients differ from the finite differences"
+    broken = replace(results, merged=replace(results.merged, restored=False))
+    assert "bit for bit" in broken.fault()
+    broken = replace(results, merged=replace(results.merged, difference=float("nan")))
+    assert "merging changed" in broken.fault()
 
 
 def test_the_bytes_are_those_of_two_moments_for_each_trained_parameter(finished):
