@@ -219,6 +219,12 @@ def one_pass(network: Any) -> AbstractContextManager[Any]:
     return pass_contexts[-1](network)
 
 
+def release_unused(device: str) -> None:
+    """Give back what CuPy's pool holds and nothing uses (nothing to do on the CPU)."""
+    if device.startswith("cuda"):
+        sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 

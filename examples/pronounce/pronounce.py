@@ -62,6 +62,8 @@ def train_command(model: str, run: Path, options: argparse.Namespace) -> list[st
         "max-length": 80,
         "eval-every": max(1, options.steps // 5),
         "seed": options.seed,
+        "device": options.device,
+        "dtype": options.dtype,
     }
     return ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
@@ -71,7 +73,7 @@ def run_all(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     rows = read_rows(run / "data" / "test.jsonl")
     baseline = rows[: options.baseline]
 
-    model = ml.load_model(options.model)
+    model = ml.load_model(options.model, options.device, options.dtype)
     if model.tokenizer is None:
         raise ml.MiniloraError(f"{options.model} has no tokenizer, which text needs: put tokenizer.json beside it")
     print(f"before training, on {len(baseline)} unseen words ...", flush=True)
@@ -156,6 +158,8 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=500, help="unseen words to score after training (default 500)")
     parser.add_argument("--baseline", type=int, default=100, help="how many of them to score before it (default 100)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda through CuPy")
+    parser.add_argument("--dtype", default="float32", help="of the base's weights (default float32; bfloat16 on a GPU)")
     parser.add_argument("--publish", action="store_true", help="put the table and the loss curve into the README")
     options = parser.parse_args()
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import Array, array_module, compute_dtype, one_pass, to_device
+from ..backend import Array, array_module, compute_dtype, one_pass, release_unused, to_device
 from ..nn import AdapterState, Embedding, Linear, Module
 from ..tensor import Tensor, checkpoint
 from .cache import KVCache
@@ -147,6 +147,7 @@ class CausalLM(Module):
                 start = 0
                 for weight in weights:
                     weight.data, start = whole[start : start + len(weight)], start + len(weight)
+                release_unused(self.device)
 
     def compute_in(self, dtype: np.dtype) -> None:
         """Let activations be of `dtype` from here on."""

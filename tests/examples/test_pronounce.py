@@ -235,8 +235,17 @@ def test_the_readme_of_the_example_has_its_marks():
 
 
 def test_the_training_command_names_the_data_and_the_options(tmp_path):
-    options = argparse.Namespace(rank=4, lr=0.001, steps=50, batch_size=8, seed=7)
+    options = argparse.Namespace(rank=4, lr=0.001, steps=50, batch_size=8, seed=7, device="cuda", dtype="bfloat16")
     command = " ".join(pronounce.train_command("smollm2", tmp_path, options))
     assert command.startswith(f"train --model smollm2 --data {tmp_path / 'data'} --out {tmp_path / 'adapter'} ")
-    for part in ("--rank 4", "--alpha 8", "--lr 0.001", "--steps 50", "--warmup 2", "--batch-size 8", "--seed 7"):
+    for part in (
+        "--rank 4",
+        "--alpha 8",
+        "--lr 0.001",
+        "--steps 50",
+        "--warmup 2",
+        "--batch-size 8",
+        "--seed 7",
+        "--device cuda",
+    ):
         assert part in command

@@ -148,6 +148,13 @@ class Pass:
         self.rounded: dict[tuple[int, str], Array] | None = None  # None: outside a pass
         self.stacks: dict[tuple[int, ...], Stack] = {}
 
+    def knows(self, array: Array) -> bool:
+        """Whether it is this array that is known under its address: a factor that a pass computes (PiSSA's) is gone
+        soon, and the next one may lie where it lay.
+        """
+        reference = self.known.get(array.data.ptr)
+        return reference is not None and reference() is array
+
     def round_all(self, dtype: np.dtype) -> None:
         """Round every known array that is alive, into the buffers that they have."""
         assert self.rounded is not None
@@ -250,7 +257,7 @@ def narrowed(array: Array, dtype: np.dtype) -> Array:
     assert rounded is not None
     if not rounded:
         going_on.round_all(dtype)
-    if (address, dtype.name) not in rounded:
+    if (address, dtype.name) not in rounded or not going_on.knows(array):
         going_on.known[address] = weakref.ref(array)
         rounded[address, dtype.name] = array.astype(dtype)
     return rounded[address, dtype.name]
@@ -268,7 +275,7 @@ def narrowed_stack(
         going_on.round_all(dtype)
     key = tuple(array.data.ptr for pair in zip(As, Bs, strict=True) for array in pair)
     found = going_on.stacks.get(key)
-    if found is not None and found.lora_A.dtype == dtype:
+    if found is not None and found.lora_A.dtype == dtype and all(map(going_on.knows, (*As, *Bs))):
         return found
     going_on.known |= {array.data.ptr: weakref.ref(array) for array in (*As, *Bs)}
     going_on.groups[key] = list(sizes)

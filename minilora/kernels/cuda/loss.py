@@ -35,14 +35,19 @@ def linear_cross_entropy(x: Array, weight: Array, *, labels: Array, weights: Arr
     weights = weights.astype(np.float32, copy=False)
     dx = cupy.empty_like(x) if needs[0] else None
     dweight = cupy.zeros(weight.shape, np.float32) if needs[1] else None
-    stride = -(-vocabulary // 8) * 8  # of a row: with an odd one cuBLAS falls back to kernels of another age
+    stride = -(-vocabulary // 8) * 8  # from row to row of the logits
+    even = vocabulary - vocabulary % 8 or vocabulary
+    parts = [slice(0, even), slice(even, vocabulary)][
+        : 2 if even < vocabulary else 1
+    ]  # cuBLAS is slow at a width that 8 does not divide
     logits = cupy.empty((chunk, stride), np.float32)
     dlogits: Any = cupy.empty((chunk, stride), x.dtype) if any(needs) else None
     kernel = function("loss", "cross_entropy", x.dtype.name)
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
         rows = part.stop - start
-        gemm(x[part], weight.T, logits[:rows, :vocabulary])
+        for words in parts:
+            gemm(x[part], weight[words].T, logits[:rows, words])
         gradient = np.uint64(0) if dlogits is None else dlogits
         arguments = (
             logits,
@@ -55,7 +60,8 @@ def linear_cross_entropy(x: Array, weight: Array, *, labels: Array, weights: Arr
         )
         kernel((rows,), (THREADS,), arguments)
         if dx is not None:
-            gemm(dlogits[:rows, :vocabulary], weight, dx[part])
+            for words in parts:
+                gemm(dlogits[:rows, words], weight[words], dx[part], beta=float(words.start > 0))
         if dweight is not None:
             gemm(dlogits[:rows, :vocabulary].T, x[part], dweight, beta=1.0)
 
