@@ -153,7 +153,10 @@ def command(
     device: Annotated[str | None, _option(help=f"cpu, cuda or cuda:N. Default: {DEFAULTS['device']}.")] = None,
     dtype: Annotated[
         str | None,
-        _option(help=f"Hold the base in float32, float64, float16 or bfloat16. Default: {DEFAULTS['dtype']}."),
+        _option(
+            help="Hold the base in float32, float64, float16 or bfloat16; stored: as the file has it, a GGUF's blocks "
+            f"too. Default: {DEFAULTS['dtype']}."
+        ),
     ] = None,
     config: Annotated[
         Path | None,

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora import ops
+from minilora import backend, ops
 from minilora.backend import to_device
 from minilora.errors import MiniloraError
 from minilora.formats import gguf_blocks
@@ -129,8 +129,12 @@ def test_gradients_of_lora_over_blocks_are_those_of_finite_differences(form, dev
 
 
 @forms
-def test_a_product_never_makes_the_whole_matrix(form):
-    """Forward and backward of a LoRA layer with two tokens, on a matrix of 16 MiB in float32: tiles of one at most."""
+def test_a_product_never_makes_the_whole_matrix(form, monkeypatch):
+    """Forward and backward of a LoRA layer with two tokens, on a matrix of 16 MiB in float32: tiles of one at most.
+
+    On one thread: each holds a tile of its own.
+    """
+    monkeypatch.setattr(backend, "cpu_runner", backend.cpu_runner[:1])
     weight, _ = some_weight(form, 4096, 32)
     x, A, B = (Tensor(np.ones(shape, np.float32), requires_grad=True) for shape in ((2, 1024), (2, 1024), (4096, 2)))
     tracemalloc.start()
