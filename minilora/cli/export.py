@@ -49,7 +49,7 @@ def command(
     combination: Annotated[
         How | None,
         typer.Option(
-            help="How several adapters become one. cat: exact, their ranks add up (default); svd: the nearest of --rank."
+            help="How several become one. cat: exact, their ranks add up (default); svd: the nearest of --rank."
         ),
     ] = None,
     rank: Annotated[
