@@ -19,12 +19,15 @@ from typer.core import TyperGroup
 from ..errors import MiniloraError
 
 COMMANDS = {  # name -> the first sentence of its help
+    "demo": "See LoRA at work in a minute: three adapters trained on one small base, switched, measured, merged.",
     "train": "Fine-tune a model: train a low-rank adapter on your examples, the base staying as it is.",
     "eval": "Measure loss, perplexity and exact match on a data set, for the base and for each adapter.",
     "generate": "Continue a text or answer a message, with or without adapters.",
     "merge": "Merge adapters into their base and write the result as a Hugging Face directory.",
     "export": "Write an adapter in another tool's format, after checking that it fits its base.",
     "gradcheck": "Check the gradients of your model and adapter against finite differences, in float64.",
+    "plan": "Tell how much memory training takes, and on what it fits, for full fine-tuning and LoRA side by side.",
+    "report": "Make an HTML page of a run, or of several: loss, learning rate, gradient norms, samples, spectra.",
     "inspect": "Show what a model, an adapter or a GGUF file holds: shapes, dtypes, sizes, ranks, norms.",
 }
 SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}

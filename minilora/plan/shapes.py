@@ -75,8 +75,11 @@ class _Block:
 class ShapeArray:
     """A shape and a dtype in the place of an array. Views share their base's memory, as NumPy's do.
 
-    recipe: the arrays that it can be made from again; a closure may keep these instead (kernels/cpu/memory.py).
+    recipe: the arrays that it can be made from again; a closure may keep these instead (kernels/cpu/memory.py). NumPy's
+    own functions refuse it: what has no rule is an error, not a wrong number.
     """
+
+    __array_ufunc__ = None
 
     def __init__(
         self, shape: tuple[int, ...], dtype: Any, block: _Block | None = None, base: ShapeArray | None = None
@@ -122,6 +125,9 @@ class ShapeArray:
 
     def __getitem__(self, index: Any) -> ShapeArray:
         return self._view(lambda array: array[index])
+
+    def __array__(self, *args: Any, **options: Any) -> None:
+        raise TypeError("a ShapeArray has no values: the primitive that was called has no rule in plan/rules.py")
 
     def __len__(self) -> int:
         return self.shape[0]
