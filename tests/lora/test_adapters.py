@@ -104,7 +104,7 @@ def test_removing_one_of_several_selected_leaves_the_bare_base(model, chosen):
         (lambda m: m.add_adapter("b", ml.LoraConfig(target_modules=["nowhere"])), "'nowhere' matches no linear layer"),
         (lambda m: m.add_adapter("b", ml.LoraConfig(variant="dorra")), "'dorra', expected one of lora, lora_fa"),
         (lambda m: m.add_adapter("b", ml.LoraConfig(r=17, init="pissa")), "takes 17 .*expected a rank of at most 16"),
-        (lambda m: m.add_adapter("b", ml.LoraConfig(modules_to_save=["x"])), "'x' matches no module; the model's names"),
+        (lambda m: m.add_adapter("b", ml.LoraConfig(modules_to_save=["x"])), "'x' matches no module; the model's"),
         (lambda m: m.add_adapter("b", seed=-1), "seed is -1, expected a whole number of at least 0"),
     ],
 )

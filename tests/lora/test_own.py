@@ -10,7 +10,9 @@ import pytest
 
 import minilora as ml
 from minilora.errors import MiniloraError
+from minilora.formats.safetensors import open_safetensors
 from minilora.ops import CompressedWeight
+from minilora.tensor import observe
 from tests import tiny
 
 TOKENS = tiny.tokens(2, 7)
@@ -84,6 +86,20 @@ def test_gradients_are_those_of_finite_differences(which, checkpoint):
     assert checked == 2 * len(reports)
 
 
+def test_it_is_saved_in_the_layout_of_checkpoints_and_loaded_again_bit_for_bit(tmp_path):
+    """GPT-2's linear weights are (in, out) in files."""
+    model, again = gpt2(), gpt2()
+    tiny.add_random_adapter(model, "a", config(modules_to_save=["mlp.c_fc", "ln_f"], bias="all"))
+    model.save_adapter("a", tmp_path)
+    stored = open_safetensors(tmp_path / "adapter_model.safetensors")
+    assert stored[f"{PREFIX}transformer.h.0.mlp.c_fc.weight"].shape == (24, 40)
+    assert model.adapter_parameters("a")[f"{PREFIX}transformer.h.0.mlp.c_fc.weight"].shape == (40, 24)
+    again.load_adapter("b", tmp_path, trainable=False)
+    assert np.array_equal(again.logits(TOKENS), model.logits(TOKENS))
+    assert again.parameters() == {}
+    assert again.adapters["b"] == model.adapters["a"].with_changes(target_modules=["c_attn"], init="kaiming")
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_training_changes_no_bit_of_the_base_and_the_bare_base_computes_as_before(which):
     model, lora = both(dtype="float32")[which]
@@ -98,6 +114,19 @@ def test_training_changes_no_bit_of_the_base_and_the_bare_base_computes_as_befor
     model.set_adapter(None)
     assert np.array_equal(model.logits(TOKENS), base)
     assert all(parameter.grad is None for _, parameter in model.network.named_parameters())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_generating_goes_through_the_copies_too(which):
+    model, lora = both()[which]
+    base = model.generate(TOKENS[0], max_new_tokens=12, stop=[])
+    tiny.add_random_adapter(model, "a", lora)
+    tokens = list(TOKENS[0])
+    for _ in range(12):
+        tokens.append(int(model.logits([tokens])[0, -1].argmax()))
+    found = model.generate(TOKENS[0], max_new_tokens=12, stop=[])
+    assert found == tokens[len(TOKENS[0]) :]
+    assert found != base
 
 
 def test_two_adapters_have_copies_of_the_same_parameter_side_by_side():
@@ -154,6 +183,22 @@ def test_backward_through_checkpoints_has_the_parameters_of_its_forward_pass():
     loss.backward()
     model.set_adapter("a")
     for key, parameter in model.parameters().items():
+        assert tiny.relative_error(parameter.grad, expected[key]) < 1e-12, key
+
+
+def test_a_block_whose_norms_alone_are_trained_is_checkpointed():
+    """Nothing below it needs a gradient: only its own Tensors say that there is something to make again."""
+    model = tiny.adapted(config(["lm_head"], modules_to_save=["layers.0.input_layernorm"]))
+    expected = tiny.gradients(model, TOKENS)[1]
+    model.checkpoint = True
+    for parameter in model.parameters().values():
+        parameter.grad = None
+    loss, again = model.loss(TOKENS), []
+    with observe(lambda name, outputs, recorded: again.append(name)):
+        loss.backward()
+    assert again.count("attention") == 2  # in both blocks
+    for key, parameter in model.parameters().items():
+        assert np.linalg.norm(parameter.grad) > 0
         assert tiny.relative_error(parameter.grad, expected[key]) < 1e-12, key
 
 

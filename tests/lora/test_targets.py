@@ -65,8 +65,9 @@ def test_modules_to_save_are_ends_of_names_as_in_peft():
     assert saved_names(names, ["norm"]) == ["model.norm", "model.layers.0.input_layernorm"]
     assert saved_names(names, ["model.norm"]) == ["model.norm"]
     assert saved_names(names, ["layers.0"]) == ["model.layers.0", "model.layers.0.input_layernorm"]
-    with pytest.raises(MiniloraError, match=r"modules_to_save 'layer\.1' matches no module"):
-        saved_names(names, ["norm", "layer.1"])
+    assert saved_names([*names, "model.layers.1"], ["layers.1"]) == ["model.layers.1"]
+    with pytest.raises(MiniloraError, match=r"modules_to_save 'layer\.0' matches no module"):
+        saved_names(names, ["norm", "layer.0"])
 
 
 def test_exclusions_win_and_are_matched_the_same_way():

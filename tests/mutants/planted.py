@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
+from .targeting import TARGETING
 
 
 def primitive(*names: str) -> tuple[str, ...]:
@@ -1442,4 +1443,5 @@ MUTANTS = [
     *VARIANTS,
     *MANY,
     *EXPORTS,
+    *TARGETING,
 ]
