@@ -123,8 +123,8 @@ def initial_matrices(
     elif config.init == "gaussian":
         lora_A = random.normal(0.0, 1 / rank, (rank, in_features))
     else:
-        lora_A = np.zeros((rank, in_features))
-    return lora_A.astype(dtype), np.zeros((out_features, rank), dtype)
+        lora_A = np.zeros((rank, in_features), dtype)  # not copied: until it is written to, it takes no memory
+    return lora_A.astype(dtype, copy=False), np.zeros((out_features, rank), dtype)
 
 
 class AdapterSlot:
@@ -204,6 +204,9 @@ class AdapterSlot:
         assert selection.rows is not None
         if len(selection.rows) != x.shape[0]:
             raise ValueError(f"set_adapter(rows=...) names {len(selection.rows)} rows, and the batch has {x.shape[0]}")
+        together = self._rows_together(linear, x, selection.rows)
+        if together is not None:
+            return together
         y = linear.base(x)  # (B, T, out)
         for name in dict.fromkeys(selection.rows):
             if name in self.layers:
@@ -212,3 +215,18 @@ class AdapterSlot:
                 update = layer.update(linear, own, self._dropped(layer, own, selection.of(name)), 1.0)
                 y = ops.add_rows(y, update, index=index)
         return y
+
+    def _rows_together(self, linear: Linear, x: Tensor, rows: tuple[str | None, ...]) -> Tensor | None:
+        """The same in one call, where there is a kernel for it."""
+        if not ops.lora_rows.kernels or not isinstance(linear, Linear) or linear.weight.requires_grad:
+            return None
+        parts = self.low_rank_parts()
+        if parts is None:
+            return None
+        names = [name for name in dict.fromkeys(rows) if name in self.layers]
+        inputs = [x, linear.weight, linear.bias, *(factor for part in parts for factor in part[:2])]
+        options = {
+            "scales": tuple(self.layers[name].scale for name in names),
+            "owners": tuple(names.index(name) if name in names else None for name in rows),
+        }
+        return ops.lora_rows(*inputs, **options) if ops.lora_rows.has_kernel_for(*inputs, **options) else None

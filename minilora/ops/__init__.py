@@ -6,7 +6,7 @@ from .attention import attention
 from .dora import with_magnitude
 from .embedding import embedding
 from .linalg import CompressedWeight, linear, matmul
-from .lora import dropout, lora_linear, lora_linears, low_rank
+from .lora import dropout, lora_linear, lora_linears, lora_rows, low_rank
 from .loss import cross_entropy, linear_cross_entropy
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .rotary import rotary
@@ -35,6 +35,7 @@ __all__ = [
     "log",
     "lora_linear",
     "lora_linears",
+    "lora_rows",
     "low_rank",
     "matmul",
     "maximum",

@@ -108,6 +108,44 @@ def low_rank(x: Array, lora_A: Array, lora_B: Array, *, scale: float, needs: tup
 
 
 @primitive
+def lora_rows(
+    x: Array,
+    weight: Any,
+    bias: Array | None,
+    *factors: Array,
+    scales: tuple[float, ...],
+    owners: tuple[int | None, ...],
+    needs: tuple[bool, ...],
+):
+    """`lora_linear` with an adapter for each row of the batch: y_b = x_b Wᵀ + bias + s_k (x_b A_kᵀ) B_kᵀ with
+    k = owners[b], without the last term for None.
+
+    x (B, ..., in); factors A_0, B_0, A_1, B_1, …; one scale for each adapter. Gradients as in `lora_linear`, those of
+    A_k and B_k from their own rows.
+    """
+    mine = [[row for row, owner in enumerate(owners) if owner == k] for k in range(len(scales))]
+    y, base_vjp = linear.definition(x, weight, bias, needs=(needs[0], False, needs[2]))
+    parts = []
+    for k, index in enumerate(mine):
+        A, B, wanted = factors[2 * k], factors[2 * k + 1], (needs[0], *needs[2 * k + 3 : 2 * k + 5])
+        update, vjp = low_rank.definition(x[index], A, B, scale=scales[k], needs=wanted)
+        y[index] += update
+        parts.append(vjp)
+
+    def vjp(dy):
+        dx, _, dbias = base_vjp(dy)
+        grads = []
+        for index, part_vjp in zip(mine, parts, strict=True):
+            d_own, *d_factors = part_vjp(dy[index])
+            grads += d_factors
+            if needs[0]:
+                dx[index] += d_own
+        return dx, None, dbias, *grads
+
+    return y, vjp
+
+
+@primitive
 def dropout(x: Array, *, probability: float, seed: int | tuple[int, ...]):
     """y = x · m / (1 − p), m zero with probability p;  dx = dy · m / (1 − p)   (Srivastava et al. 2014).
 

@@ -256,6 +256,33 @@ def lora_linears(x, *layers, scales):
     return tuple(results)
 
 
+def lora_rows(x, weight, bias, *factors, scales, owners):
+    rows = []
+    for row, owner in enumerate(owners):
+        own = ops.getitem(x, index=(slice(row, row + 1),))
+        if owner is None:
+            rows.append(linear(own, weight, bias))
+        else:
+            lora_A, lora_B = factors[2 * owner : 2 * owner + 2]
+            rows.append(lora_linear(own, weight, bias, lora_A, lora_B, scale=scales[owner]))
+    return ops.concatenate(*rows, axis=0)
+
+
+@st.composite
+def rows_calls(draw: st.DrawFn) -> Call:
+    """One to six rows, each under one of up to three adapters or none."""
+    rng, inside, outside = draw(generators), draw(sizes), draw(sizes)
+    ranks = draw(st.lists(st.sampled_from((1, 2, 4)), max_size=3))
+    owner = st.sampled_from([None, *range(len(ranks))])
+    others = draw(st.lists(owner, min_size=0 if ranks else 1, max_size=3))
+    owners = tuple(draw(st.permutations([*range(len(ranks)), *others])))
+    x = normal(rng, len(owners), *draw(st.sampled_from(((), (1,), (3,)))), inside)
+    bias = normal(rng, outside) if draw(st.booleans()) else None
+    factors = [array for rank in ranks for array in (normal(rng, rank, inside), normal(rng, outside, rank))]
+    scales = tuple(draw(st.sampled_from((1.0, 2.0, -0.5))) for _ in ranks)
+    return Call((x, normal(rng, outside, inside), bias, *factors), {"scales": scales, "owners": owners})
+
+
 def batched(values: tuple[Any, ...], count: int) -> list[tuple[Any, ...]]:
     return [values[start : start + count] for start in range(0, len(values), count)]
 
@@ -315,6 +342,7 @@ CASES = {
     "linear_cross_entropy": Case(loss_calls(head=True), linear_cross_entropy, setting=small_chunks),
     "lora_linear": Case(lora_calls(base=True), lora_linear, frozen=(1,)),
     "lora_linears": Case(group_calls(), lora_linears, frozen=(1, 5, 9)),
+    "lora_rows": Case(rows_calls(), lora_rows, frozen=(1,)),
     "low_rank": Case(lora_calls(base=False), low_rank),
     "with_magnitude": Case(magnitude_calls(), with_magnitude),
     "dropout": Case(dropout_calls(), dropout),

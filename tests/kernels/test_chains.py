@@ -58,3 +58,28 @@ def test_a_chain_of_kernels_is_the_chain_of_their_definitions(dtype, rows, sizes
     for name, array in expected.items():
         assert np.linalg.norm(found[name] - array) <= BOUNDS[dtype] * np.linalg.norm(array), name
         assert found[name].tobytes() == again[name].tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_rows_of_several_adapters_after_a_norm(dtype):
+    """The norm's output is not kept: dA comes from the norm's input and its two factors."""
+    rng = np.random.default_rng(0)
+    shapes = {"x": (3, 50, 12), "norm": (12,), "W": (9, 12), "A0": (2, 12), "B0": (9, 2), "A1": (3, 12), "B1": (9, 3)}
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    cotangent = rng.standard_normal((3, 50, 9)).astype(dtype)
+
+    def gradients() -> dict[str, np.ndarray]:
+        leaves = {name: Tensor(array, requires_grad=name != "W") for name, array in arrays.items()}
+        normed = ops.rms_norm(leaves["x"], leaves["norm"], eps=1e-5)
+        factors = (leaves[name] for name in ("A0", "B0", "A1", "B1"))
+        y = ops.lora_rows(normed, leaves["W"], None, *factors, scales=(0.5, -2.0), owners=(1, None, 0))
+        del normed
+        y.backward(cotangent)
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    found = gradients()
+    with definitions_only():
+        expected = gradients()
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert np.linalg.norm(found[name] - array) <= BOUNDS[dtype] * np.linalg.norm(array), name

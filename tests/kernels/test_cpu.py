@@ -72,6 +72,10 @@ def large_calls() -> dict[str, Call]:
             {"scales": (0.5, 0.0, -2.0)},
         ),
         "with_magnitude": Call((normal(3, 211, 97), normal(97), normal(97)), {"norm": rng.uniform(0.5, 2, 97)}),
+        "lora_rows": Call(
+            (normal(5, 313, 45), normal(83, 45), None, normal(4, 45), normal(83, 4), normal(3, 45), normal(83, 3)),
+            {"scales": (0.5, -2.0), "owners": (1, 1, None, 0, 1)},
+        ),
         "add_rms_norm": Call((normal(3, 211, 97), normal(3, 211, 97), normal(97)), {"eps": 1e-5}),
         "attention": Call(
             (normal(2, 301, 6, 16), normal(2, 301, 2, 16), normal(2, 301, 2, 16)), {"scale": 0.25, "segments": segments}

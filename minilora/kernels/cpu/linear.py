@@ -275,7 +275,7 @@ def add_to(total: np.ndarray, left: np.ndarray, right: np.ndarray, first: bool) 
 
 def add_product(left: np.ndarray, right: np.ndarray, total: np.ndarray) -> None:
     """total += left right, some rows at a time, so that the product stays in the cache."""
-    step = max(1, (1 << 16) // total.shape[1])
+    step = max(1, SKINNY_ENTRIES // total.shape[1])
     for start in range(0, len(total), step):
         part = slice(start, start + step)
         term = scratch("term", total[part].shape, total.dtype)
