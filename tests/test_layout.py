@@ -28,7 +28,8 @@ NEAR_THE_MACHINE = ("backend", "kernels")  # where array libraries, their dtypes
 READING_PATH = ("backend", "tensor", "ops", "nn", "models", "lora", "optim")
 # Files of models/ that hold a second, third ... family: a reader needs one.
 OTHER_FAMILIES = ("models/gpt2.py", "models/mistral.py", "models/qwen2.py", "models/qwen3.py")
-VARIANTS = ("lora/variants/", "ops/dora.py", "lora/combine.py")  # of LoRA: each a file that is read when it is wanted
+# Of LoRA what is read when it is wanted, each in a file.
+VARIANTS = ("lora/variants/", "ops/dora.py", "lora/combine.py", "lora/own.py")
 LINES_OF_THE_READING_PATH = 2_200  # about 2,000: not counting blank lines, imports and __init__ files
 SECONDS_TO_IMPORT = 0.3  # beyond what NumPy itself takes
 
