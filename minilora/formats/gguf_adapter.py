@@ -22,7 +22,7 @@ from ..lora.config import LoraConfig
 from ..models.config import ModelConfig
 from .gguf_file import GGUFFile, open_gguf
 from .gguf_names import ARCHITECTURE_OF, ARCHITECTURES, permute_rows, restore_rows
-from .gguf_write import Source, write_gguf
+from .gguf_write import POSITIONS, Source, write_gguf
 from .updates import Update, most_common, peft_adapter, updates_of
 
 _EMBEDDING = "token_embd.weight"
@@ -50,8 +50,8 @@ def write_adapter(
     named: dict[str, Update] = {}
     for module, update in updates.items():
         theirs = architecture.tensor(f"{module}.weight")
-        if theirs is None:
-            raise MiniloraError(f"the adapter changes {module}, for which llama.cpp has no tensor: {instead}")
+        if theirs is None or theirs == POSITIONS:
+            raise MiniloraError(f"the adapter changes {module}, to which llama.cpp applies none: {instead}")
         if head_is_tied and theirs in (_EMBEDDING, _HEAD):
             raise MiniloraError(
                 f"the adapter changes {module} of a base with a tied head, where llama.cpp keeps one tensor for both "

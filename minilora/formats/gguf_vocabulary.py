@@ -55,7 +55,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         if model.get(setting):
             raise _unsupported(f"has {setting} {model[setting]!r}")
     backend = Backend.from_str(json.dumps(described))
-    tokens, types = _tokens(tokenizer, described, vocab_size)
+    tokens, types = _tokens(described, vocab_size)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     metadata: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     if model.get("byte_fallback"):
@@ -82,7 +82,7 @@ def _unsupported(what: str) -> MiniloraError:
     )
 
 
-def _tokens(tokenizer: Tokenizer, described: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def _tokens(described: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
     """All tokens in the order of their ids with their types; ids that no token has are padding, as in llama.cpp's own
     files."""
     by_id = {number: token for token, number in described["model"]["vocab"].items()}

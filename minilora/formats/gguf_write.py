@@ -36,7 +36,7 @@ DTYPES = {  # --dtype: how matrices are stored, and what general.file_type says 
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-_POSITIONS = "position_embd.weight"
+POSITIONS = "position_embd.weight"  # GPT-2's table
 
 
 def write_gguf_model(
@@ -216,10 +216,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-# --- tensors ----------------------------------------------------------------------------------------------------------
-
-
 def _type(name: str, shape: tuple[int, ...], matrices: GGMLQuantizationType) -> GGMLQuantizationType:
-    if len(shape) < 2 or name == _POSITIONS:
+    if len(shape) < 2 or name == POSITIONS:
         return _F32
     return matrices if shape[-1] % GGML_QUANT_SIZES[matrices][0] == 0 else GGMLQuantizationType.F16

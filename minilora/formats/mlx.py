@@ -26,11 +26,12 @@ from .updates import Update, most_common, peft_adapter, updates_of
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapters.safetensors"
 
-_EMBEDDINGS = ("embed_tokens", "wte")
+_TOKENS = ("embed_tokens", "wte")  # the embedding that a tied head shares
+_EMBEDDINGS = (*_TOKENS, "wpe")
 _HEAD = "lm_head"
 _BLOCK = re.compile(r"(?:model\.layers|model\.h)\.(\d+)\.(.+)")
 # mlx-lm's GPT-2 names its network "model", Hugging Face's "transformer".
-_GPT2_NAMES = (("transformer.", "model."), ("model.h.", "transformer.h."), ("model.wte", "transformer.wte"))
+_GPT2_NAMES = ("model.h.", "model.wte", "model.wpe")
 
 
 def is_mlx_adapter(path: Path) -> bool:
@@ -66,7 +67,7 @@ def write_adapter(
     arrays: dict[str, np.ndarray] = {}
     for name, update in updates.items():
         same = update.scaled_to(scale).padded_to(rank)
-        theirs = name.replace(*_GPT2_NAMES[0]) if base.model_type == "gpt2" else name
+        theirs = name.replace("transformer.", "model.") if base.model_type == "gpt2" else name
         arrays[f"{theirs}.lora_a"], arrays[f"{theirs}.lora_b"] = same.lora_A.T, same.lora_B.T
         if update.magnitude is not None:
             arrays[f"{theirs}.m"] = update.magnitude
@@ -89,7 +90,7 @@ def write_adapter(
 def _check(updates: Mapping[str, Update], base: ModelConfig, head_is_tied: bool) -> None:
     """MiniloraError where mlx-lm has no such layer, or would apply the update to more than the layer it belongs to."""
     instead = "merge the adapter instead (minilora merge): mlx-lm reads the directory"
-    embedding = next((update for update in updates.values() if update.embedding), None)
+    embedding = next((update for name, update in updates.items() if name.endswith(_TOKENS)), None)
     head = updates.get(_HEAD)
     if base.model_type == "gpt2" and not head_is_tied:
         raise MiniloraError("mlx-lm's GPT-2 has a tied head, this base has a head of its own: expected a tied one")
@@ -176,7 +177,7 @@ def read_adapter(path: str | Path, head_is_tied: bool = False) -> tuple[LoraConf
         embedding = module.endswith(_EMBEDDINGS)
         lora_A, lora_B = found["lora_a"].T, found["lora_b"].T
         updates[module] = Update(lora_A, lora_B, scale, embedding, found.get("m"))
-        if embedding and head_is_tied:
+        if head_is_tied and module.endswith(_TOKENS):
             updates[_HEAD] = Update(lora_B.T, lora_A.T, scale, magnitude=found.get("m"))
     if len(ranks := {update.rank for update in updates.values()}) != 1:
         raise MiniloraError(
@@ -186,10 +187,7 @@ def read_adapter(path: str | Path, head_is_tied: bool = False) -> tuple[LoraConf
 
 
 def _hugging_face_name(module: str) -> str:
-    for theirs, ours in _GPT2_NAMES[1:]:
-        if module.startswith(theirs):
-            return module.replace(theirs, ours, 1)
-    return module
+    return module.replace("model.", "transformer.", 1) if module.startswith(_GPT2_NAMES) else module
 
 
 def _number(parameters: Mapping[str, Any], key: str, source: Path, default: float | None = None) -> float:

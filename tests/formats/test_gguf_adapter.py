@@ -132,6 +132,13 @@ def test_an_embedding_s_a_is_looked_up_by_token(tmp_path):
             "embed_tokens of a base",
         ),
         ("gpt2", ml.LoraConfig(target_modules=["lm_head"]), {}, "lm_head of a base with a tied head"),
+        ("gpt2", ml.LoraConfig(target_modules=["wpe"]), {}, "wpe, to which llama.cpp applies none"),
+        (
+            "llama",
+            ml.LoraConfig(modules_to_save=["norm"]),
+            {},
+            "norm.weight, which an adapter file of llama.cpp has no",
+        ),
     ],
 )
 def test_what_llama_cpp_cannot_apply_is_refused(tmp_path, family, config, changes, message):

@@ -158,6 +158,16 @@ def test_a_tied_embedding_s_adapter_is_read_for_both_and_written_again(tmp_path)
     np.testing.assert_array_equal(model.logits(tiny.tokens()), before)
 
 
+def test_gpt2_s_position_table_is_an_embedding_that_no_head_shares(tmp_path):
+    model = adapted("gpt2", ml.LoraConfig(r=2, alpha=4, target_modules=["wpe", "c_attn"]))
+    write(model, tmp_path)
+    assert "model.wpe.lora_a" in open_safetensors(tmp_path / mlx.TENSOR_FILE)
+    model.load_adapter("b", tmp_path)
+    found = model.logits(tiny.tokens())
+    model.set_adapter("a")
+    assert tiny.relative_error(found, model.logits(tiny.tokens())) < 1e-6
+
+
 def test_a_gpt2_with_a_head_of_its_own_is_refused(tmp_path):
     with pytest.raises(MiniloraError, match="GPT-2 has a tied head"):
         write(adapted("gpt2", ml.LoraConfig(), tie_word_embeddings=False), tmp_path)

@@ -90,6 +90,14 @@ def test_any_choice_of_layers_computes_the_same_in_mlx_lm(tmp_path, targets):
     assert tiny.relative_error(found, model.logits(tokens)) < 2e-5
 
 
+def test_gpt2_s_position_table_computes_the_same_in_mlx_lm(tmp_path):
+    model, tokens = base("gpt2", tmp_path / "base"), tiny.tokens()
+    tiny.add_random_adapter(model, "a", ml.LoraConfig(r=3, alpha=6, target_modules=["wpe", "c_fc"]))
+    write(model, tmp_path / "a")
+    found = logits(tmp_path / "base", tokens, tmp_path / "a")
+    assert tiny.relative_error(found, model.logits(tokens)) < 2e-5
+
+
 def mlx_adapter(base_path: Path, out: Path, layers: int, parameters: dict, dora: bool = False) -> None:
     """An adapter that mlx-lm makes, with random B, saved the way its trainer saves."""
     network, _ = utils.load_model(base_path)
