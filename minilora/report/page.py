@@ -113,7 +113,7 @@ def report_on(runs: Sequence[Run]) -> Page:
 
 def comparison(runs: Sequence[Run], title: str = "Side by side") -> Section:
     """The runs in one table and one chart."""
-    columns = ["run", "rank>", "learning rate>", "steps>", "label loss>", "lowest validation loss>", "‖ΔW‖>"]
+    columns = ["run", "rank>", "learning rate>", "steps>", "training loss>", "lowest validation loss>", "‖ΔW‖>"]
     rows = [
         [
             run.name,
