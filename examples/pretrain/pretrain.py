@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from minilora import AdamW, load_model, no_grad
+from minilora import AdamW, TrainStep, load_model, no_grad
 from minilora.formats.tokenizer import Tokenizer
 from minilora.model import Model, new_model
 from minilora.optim import clip_grad_norm, schedule
+from minilora.step import MicroBatch
 
 LENGTH = 256  # tokens of a row: the model's context
 CONFIG: dict[str, Any] = {
@@ -119,6 +120,7 @@ def main() -> None:
         AdamW(decayed, arguments.lr, BETAS, weight_decay=WEIGHT_DECAY),
         AdamW(others, arguments.lr, BETAS, weight_decay=0.0),
     ]
+    passes = TrainStep(model, AdamW(parameters))  # of which only the gradients are used: there are two optimisers
     factor = schedule("cosine", TICKS, warmup=round(WARMUP * TICKS), floor=FLOOR)
     arguments.out.mkdir(parents=True, exist_ok=True)
     log = (arguments.out / "log.jsonl").open("w", encoding="utf-8")
@@ -128,17 +130,13 @@ def main() -> None:
     begun, recent, step, done = time.monotonic(), [], 0, 0.0
     batches = rows(train, arguments.batch, arguments.seed)
     while done < 1:
-        batch = next(batches)
-        for optimiser in optimisers:
-            optimiser.zero_grad()
-            optimiser.lr = arguments.lr * factor(int(done * TICKS))
-        loss = model.loss(batch)
-        loss.backward()
+        loss = passes.gradients([MicroBatch(next(batches))])  # on a GPU: one launch of a recorded step
         clip_grad_norm(parameters, MAX_NORM)
         for optimiser in optimisers:
+            optimiser.lr = arguments.lr * factor(int(done * TICKS))
             optimiser.step()
         step += 1
-        recent.append(loss.data)
+        recent.append(loss)
         seconds = time.monotonic() - begun
         done = max(step / arguments.steps, seconds / (60 * arguments.minutes) if arguments.minutes else 0.0)
         if step in (1, 10, 100) or step % arguments.every == 0 or done >= 1:
@@ -147,7 +145,7 @@ def main() -> None:
                 "tokens": step * arguments.batch * LENGTH,
                 "seconds": round(time.monotonic() - begun, 1),
                 "lr": optimisers[0].lr,
-                "loss": float(sum(recent) / len(recent)),
+                "loss": sum(map(float, recent)) / len(recent),
                 "validation_loss": validation_loss(model, valid, arguments.batch),
                 "samples": samples(model),
             }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,7 @@ from ...backend import Array, gpu_products
 from ...errors import MiniloraError
 
 KINDS = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType_t
-COMPUTE_32F, COMPUTE_64F = 68, 70  # cublasComputeType_t
+COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77  # cublasComputeType_t
 WORKSPACE = 32 << 20  # bytes: what cuBLAS asks for on Hopper
 LIBRARIES = ("libcublas.so.13", "libcublas.so.12", "libcublas.so.11")
 
@@ -67,6 +68,14 @@ class Handle:
 def handle_of(device: int) -> Handle:
     with cupy.cuda.Device(device):
         return Handle()
+
+
+def compute_type(dtype: np.dtype) -> int:
+    """How products of this dtype are accumulated. CUPY_TF32=1 lets those of float32 use tf32 factors, as in CuPy."""
+    if dtype == np.float64:
+        return COMPUTE_64F
+    fast = dtype == np.float32 and os.environ.get("CUPY_TF32") == "1"
+    return COMPUTE_32F_FAST_TF32 if fast else COMPUTE_32F
 
 
 @cache
@@ -125,7 +134,7 @@ def gemm(
             handle_of(out.device.id).on_current_stream(), flip_b, flip_a, n, m, k, constant(alpha, double),
             ctypes.c_void_p(b.data.ptr), kind, lead_b, ctypes.c_void_p(a.data.ptr), kind, lead_a,
             constant(beta, double), ctypes.c_void_p(out.data.ptr), KINDS[out.dtype.name], found[1],
-            COMPUTE_64F if double else COMPUTE_32F, -1,
+            compute_type(a.dtype), -1,
         )
     )  # fmt: skip
     return out
@@ -147,11 +156,13 @@ def batched(a: Array, b: Array, out: Array) -> None:
     if not leading:
         gemm(a, b, out)
         return
-    steps = [collapsed(x, leading) for x in (a, b, out)]
     shapes = [layout(x) for x in (a, b, out)]
-    if None in steps or None in shapes or shapes[2][0] or not a.shape[-1]:  # type: ignore[index]
-        for index in range(leading[0]):
-            batched(a[index], b[index], out[index])
+    steps = [collapsed(x, leading) for x in (a, b, out)]
+    if None in shapes or shapes[2][0] or not a.shape[-1] or None in steps:  # type: ignore[index]
+        axis = one_by_one(a, b, out)
+        for index in range(leading[axis]):
+            part = (slice(None),) * axis + (index,)
+            batched(a[part], b[part], out[part])
         return
     (flip_a, lead_a), (flip_b, lead_b), (_, lead) = shapes  # type: ignore[misc]
     step_a, step_b, step = (ctypes.c_longlong(value) for value in steps)  # type: ignore[arg-type]
@@ -162,9 +173,20 @@ def batched(a: Array, b: Array, out: Array) -> None:
             handle_of(out.device.id).on_current_stream(), flip_b, flip_a, n, m, k, constant(1.0, double),
             ctypes.c_void_p(b.data.ptr), kind, lead_b, step_b, ctypes.c_void_p(a.data.ptr), kind, lead_a, step_a,
             constant(0.0, double), ctypes.c_void_p(out.data.ptr), KINDS[out.dtype.name], lead, step,
-            int(np.prod(leading)), COMPUTE_64F if double else COMPUTE_32F, -1,
+            int(np.prod(leading)), compute_type(a.dtype), -1,
         )
     )  # fmt: skip
+
+
+def one_by_one(*arrays: Array) -> int:
+    """The leading axis to go through one by one: the shortest that leaves the others with one stride, or the first."""
+    leading = arrays[0].shape[:-2]
+    for axis in sorted(range(len(leading)), key=leading.__getitem__):
+        rest = (slice(None),) * axis + (0,)
+        shorter = leading[:axis] + leading[axis + 1 :]
+        if all(collapsed(x[rest], shorter) is not None for x in arrays):
+            return axis
+    return 0
 
 
 def product(a: Array, b: Array, out: Array | None = None) -> Array:
