@@ -58,7 +58,7 @@ class GGUFEntry:
         return values.T if self.transposed else values
 
     def stored(self) -> np.ndarray:
-        """The file's own array, blocks as bytes (out, bytes of a row): a view where no row moved; rows in HF's order."""
+        """The file's own array, blocks as bytes (out, bytes of a row), rows in HF's order: a view where none moved."""
         stored = self.tensor.stored()
         if self.heads is not None:
             stored = restore_rows(stored, self.heads)  # blocks lie within a row, so rows can move undecoded
