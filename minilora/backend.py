@@ -209,6 +209,7 @@ def in_parts(fn: Callable[[int, int], None], n: int, most: int, library: ModuleT
     (cpu_runner[-1] if library is np else _in_order)(fn, n, most)
 
 
+many_arrays: list[Any] = []  # modules with an optimiser's work over many arrays in one launch: GPU kernels add theirs
 pass_contexts: list[Callable[[Any], AbstractContextManager[Any]]] = [nullcontext]  # the GPU kernels add theirs
 
 

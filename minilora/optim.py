@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, array_module, to_device
+from .backend import Array, array_module, many_arrays, to_device
 from .errors import MiniloraError
 from .tensor import Tensor
 
@@ -18,9 +18,6 @@ def named(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tens
     if isinstance(parameters, Mapping):
         return dict(parameters)
     return {str(index): parameter for index, parameter in enumerate(parameters)}
-
-
-many_arrays: list[Any] = []  # modules with the functions below over many arrays in one launch: GPU kernels add theirs
 
 
 def all_at_once(gradients: Sequence[Array], *others: Array) -> Any:

@@ -29,8 +29,9 @@ READING_PATH = ("backend", "tensor", "ops", "nn", "models", "lora", "optim")
 # Files of models/ that hold a second, third ... family: a reader needs one.
 OTHER_FAMILIES = ("models/gpt2.py", "models/mistral.py", "models/qwen2.py", "models/qwen3.py")
 # Of LoRA what is read when it is wanted, each in a file.
-VARIANTS = ("lora/variants/", "ops/dora.py", "lora/combine.py", "lora/own.py")
-LINES_OF_THE_READING_PATH = 2_200  # about 2,000: not counting blank lines, imports and __init__ files
+VARIANTS = ("lora/variants/", "ops/dora.py", "lora/combine.py", "lora/own.py", "lora/statistics.py")
+FASTER_ONLY = ("models/decoding.py",)  # the same as another file of the path, faster
+LINES_OF_THE_READING_PATH = 2_700  # not counting blank lines, imports and __init__ files; of them a third is docstrings
 SECONDS_TO_IMPORT = 0.3  # beyond what NumPy itself takes
 
 TOP_LEVEL = set("pyproject.toml README.md LICENSE .gitignore .ci minilora tests examples docs".split())
@@ -109,7 +110,7 @@ def lines_to_read(sources: dict[str, str]) -> dict[str, int]:
     """{file: lines that are neither blank nor part of an import} of the reading path; an __init__ only lists names."""
     found = {}
     for path, source in sources.items():
-        aside = path in OTHER_FAMILIES or path.startswith(VARIANTS) or path.endswith("__init__.py")
+        aside = path in OTHER_FAMILIES + FASTER_ONLY or path.startswith(VARIANTS) or path.endswith("__init__.py")
         if layer_of(path) in READING_PATH and not aside:
             imported = {
                 number

@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the embedded base model.")
     parser.add_argument("data", type=Path, help="the folder that prepare.py wrote")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="go on from this model instead of random weights")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, help="train for so long; without it, for --steps")
     parser.add_argument("--steps", type=int, default=16_000, help="at most so many optimiser steps")
@@ -111,7 +112,11 @@ def main() -> None:
 
     tokens = np.load(arguments.data / "tokens.npz")
     train, valid = tokens["train"], tokens["valid"]
-    model = new_network(arguments.seed, arguments.device)
+    if arguments.start is None:
+        model = new_network(arguments.seed, arguments.device)
+    else:
+        model = load_model(arguments.start, arguments.device, "float32")
+        model.unfreeze(".*")
     model.tokenizer = tokenizer_of(arguments.data)
     parameters = model.parameters()
     decayed = {name: tensor for name, tensor in parameters.items() if len(tensor.shape) > 1}

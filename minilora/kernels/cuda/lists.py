@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from ...backend import Array, pass_contexts
-from ...optim import many_arrays
+from ...backend import Array, many_arrays, pass_contexts
 from .source import THREADS, function
 
 PIECE = 4096  # values that a block works on
