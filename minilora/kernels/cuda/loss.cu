@@ -5,7 +5,7 @@
 // One block per row: a first pass has the maximum and the sum together (Milakov & Gimelshein 2018), a second writes dz.
 // Rows are `stride` values apart, a multiple of 8, so that they start at 16 bytes; what follows the vocabulary in dz
 // becomes zero. Roofline per logit: 4 bytes read twice (the second time in part from L2), 2 written in bfloat16. At
-// 682 x 49152 logits 110 microseconds at 3.0 TB/s.
+// 682 x 49152 logits 110 microseconds at 3.0 TB/s, if nothing came from L2; measured on an H100: 106.
 
 constexpr int AT_ONCE = 4;
 
