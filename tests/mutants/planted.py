@@ -1456,6 +1456,74 @@ EXPORTS = [
     ),
 ]
 
+EVIDENCE_TESTS = ("tests/lora/test_statistics.py",)
+
+EVIDENCE = [
+    Mutant(
+        "lora/statistics.py",
+        "matmul(R_B, R_A.T) * scale",
+        "matmul(R_B, R_A) * scale",
+        "spectrum: the core is R_B R_Aᵀ",
+        EVIDENCE_TESTS,
+    ),
+    Mutant(
+        "lora/statistics.py",
+        "matmul(Q_A, R_transposed.T)",
+        "matmul(Q_A, R_transposed)",
+        "spectrum: V = Q_A R, and the SVD gives Rᵀ",
+        EVIDENCE_TESTS,
+    ),
+    Mutant(
+        "lora/statistics.py",
+        "p = values[values > 0] / max(float(values.sum())",
+        "p = values[values > 0] ** 2 / max(float((values**2).sum())",
+        "effective rank: p = σ / Σσ, not of the squares",
+        EVIDENCE_TESTS,
+    ),
+    Mutant(
+        "lora/statistics.py",
+        "((values / top) ** 2).sum()",
+        "(values / top).sum()",
+        "stable rank: the squares' sum",
+        EVIDENCE_TESTS,
+    ),
+    Mutant(
+        "lora/statistics.py",
+        "U, V = update.left[:, : update.rank], update.right[:, : update.rank]",
+        "U, V = update.left, update.right",
+        "amplification: directions that only rounding made do not count",
+        EVIDENCE_TESTS,
+    ),
+    Mutant(
+        "lora/statistics.py",
+        "smaller = xp.minimum(",
+        "smaller = xp.maximum(",
+        "φ(i, j) is divided by the smaller of i and j",
+        EVIDENCE_TESTS,
+    ),
+    Mutant(
+        "plan/rules.py",
+        "kept = (x.recipe or x) if any(need[2] for need in needed) else None",
+        "kept = x if any(need[2] for need in needed) else None",
+        "plan: an input that can be made again is not kept",
+        ("tests/plan/test_rules.py",),
+    ),
+    Mutant(
+        "plan/shapes.py",
+        "self.pool_held = max(self.pool_held, self.pool)",
+        "self.pool_held = self.pool",
+        "plan: buffers that kernels reuse are not given back",
+        ("tests/plan/test_plan.py",),
+    ),
+    Mutant(
+        "plan/memory.py",
+        "optimiser=MOMENTS * _bytes(trained)",
+        "optimiser=_bytes(trained)",
+        "plan: Adam keeps two moments",
+        ("tests/plan/test_memory.py::test_gradients_and_moments_are_of_what_is_trained_alone",),
+    ),
+]
+
 MUTANTS = [
     *ARITHMETIC,
     *MATRICES,
@@ -1472,4 +1540,5 @@ MUTANTS = [
     *MANY,
     *EXPORTS,
     *TARGETING,
+    *EVIDENCE,
 ]

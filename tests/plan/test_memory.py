@@ -181,6 +181,19 @@ def test_recomputing_and_fewer_tokens_take_less_and_the_adapter_keeps_its_size()
     assert recomputed.trained == full.trained
 
 
+def test_a_block_of_llamas_keeps_what_docs_plan_md_says():
+    """2 D + 2 H d + 2 K d + 2 F entries a token, and 2 + H + 7 r."""
+    config, r, tokens = CONFIGS["smollm2-135m"], 8, 4 * 256
+    memory = parts(ml.LoraConfig(r=r), config=config, batch_size=4, length=256)
+    hidden, inner, heads, kv_heads, d = 576, 1536, 9, 3, 64
+    entries = 2 * (hidden + heads * d + kv_heads * d + inner) + 2 + heads + 7 * r
+    beside = 4 * tokens * hidden  # the last block's output, and dx of the head
+    assert memory.activations == pytest.approx(30 * 4 * tokens * entries + 2 * beside, rel=0.01)
+    assert parts(
+        ml.LoraConfig(r=r), config=config, batch_size=4, length=256, checkpoint=True
+    ).activations == pytest.approx(30 * 4 * tokens * hidden + 2 * beside, rel=0.01)
+
+
 def test_a_gpu_keeps_activations_in_the_dtype_of_the_weights():
     half, whole = (parts(ml.LoraConfig(), held, device="cuda").activations for held in ("float16", "float32"))
     assert half < 0.6 * whole
