@@ -544,3 +544,17 @@ def test_an_array_of_no_axes_stays_a_tensor_with_a_value():
     assert (y.shape, y.ndim, y.size, float(y)) == ((), 0, 1, 4.0)
     y.backward()
     assert float(x.grad) == 4.0
+
+
+def test_backward_from_nothing_that_is_trained_is_an_error():
+    """It would leave every gradient None, and an optimiser that does nothing."""
+    for result in (ml.Tensor(np.ones(3)).sum(), ml.Tensor(np.ones(()))):
+        with pytest.raises(ValueError, match="computed from nothing that is trained"):
+            result.backward()
+    weight = ml.Tensor(np.ones(3), requires_grad=True)
+    with ml.no_grad():
+        loss = (weight * 2.0).sum()
+    with pytest.raises(ValueError, match="or inside no_grad"):
+        loss.backward()
+    (weight * 2.0).sum().backward()
+    assert weight.grad.tolist() == [2.0, 2.0, 2.0]
