@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import compute_dtype
 from ..errors import MiniloraError
 from ..lora import Adapters, LoraConfig
 from ..models import CausalLM
@@ -91,13 +92,12 @@ def step_memory(
     lora: the adapter that is trained; None: every parameter of the base is. held: the dtype that a frozen base is held
     in. Raises MiniloraError for a config, targets or a length that cannot be.
     """
-    computes = _computes(step, held)
-    network = shape_network(config, held, computes)
+    network = shape_network(config, held, _computes(step, held))
     base = dict(network.named_parameters())
     if lora is None:
         trained = base
         for parameter in trained.values():
-            parameter.data = ShapeArray(parameter.shape, np.float32)
+            parameter.data = ShapeArray(parameter.shape, compute_dtype(held))
             parameter.requires_grad = True
     else:
         trained = attach(network, lora)
@@ -119,7 +119,7 @@ def step_memory(
 
 
 def attach(network: CausalLM, lora: LoraConfig) -> dict[str, Tensor]:
-    """Put the adapter onto the network, and select it; its parameters by PEFT's keys, as shapes of float32."""
+    """Put the adapter onto the network, and select it; its parameters by PEFT's keys, as shapes."""
     for field, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
         if (asked := getattr(lora, field)) and asked != plain:
             raise MiniloraError(
@@ -131,7 +131,7 @@ def attach(network: CausalLM, lora: LoraConfig) -> dict[str, Tensor]:
     network.adapter_state.selection = replace(adapters.selection, dropout_pass=1)  # as in training
     parameters = adapters.parameters(ADAPTER)
     for parameter in parameters.values():
-        parameter.data = ShapeArray(parameter.shape, np.float32)
+        parameter.data = ShapeArray(parameter.shape, parameter.dtype)
     return parameters
 
 

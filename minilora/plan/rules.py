@@ -12,7 +12,7 @@ The facts, for the CPU, in the order of the code below (N tokens, D width, F MLP
     layer_norm              (N, D)           x, μ, 1/σ                           two (N, D), four in backward
     linear, frozen          (N, out)         –                                   W in float32, if held in another dtype
     linear, trained         (N, out)         x                                   dW in backward
-    lora_linear             (N, out), u      what x is made from, else x; u      W + s·B A, in scratch for all layers
+    lora_linear             (N, out), u      what x is made from, else x; u      dA and dB of each share of the work
     lora_linears            as lora_linear, for layers of one x together
     add                     (N, D)           –
     add_rms_norm            s, y             s, 1/ρ                              y can be made again from these
@@ -28,23 +28,23 @@ On the CPU each thread has scratch for blocks of rows besides, a few MB: `blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from ..backend import compute_dtype
 from ..kernels.cpu.attention import BLOCK_ENTRIES as SCORES
 from ..kernels.cpu.attention import BLOCK_ROWS, LEAST_STEP, MOST_STEP
 from ..kernels.cpu.elementwise import BLOCK_ENTRIES
-from ..kernels.cpu.linear import LEAST_ROWS, MOST_ROWS, SKINNY_ENTRIES, WEIGHT_BLOCK, merging_pays, padded
+from ..kernels.cpu.linear import LEAST_ROWS, MOST_ROWS, SKINNY_ENTRIES
 from ..kernels.cpu.loss import TILE
 from ..kernels.cpu.threads import thread_count
 from ..ops.loss import CHUNK_ENTRIES
 from ..tensor import PRIMITIVES, Kernel
 from .shapes import Ledger, ShapeArray
 
-Rule = Callable[..., Any]
 FUSED = ("lora_linears", "add_rms_norm", "add_layer_norm")
 
 
@@ -114,7 +114,7 @@ class Rules:
         return y, vjp
 
     def rms_norm(self, x: ShapeArray, weight: ShapeArray, *, eps: float, needs: Any) -> Any:
-        inverse = self.fresh((*x.shape[:-1], 1), np.float32)
+        inverse = self.fresh((*x.shape[:-1], 1), compute_dtype(x.dtype))
         y = self.reused(x.shape, x.dtype)
         y.recipe = (x, inverse)
 
@@ -140,7 +140,7 @@ class Rules:
         return (s, y), vjp
 
     def layer_norm(self, x: ShapeArray, weight: ShapeArray, bias: ShapeArray, *, eps: float, needs: Any) -> Any:
-        y, statistics = self.fresh(x.shape, x.dtype), self.fresh((*x.shape[:-1], 2), np.float32)
+        y, statistics = self.fresh(x.shape, x.dtype), self.fresh((*x.shape[:-1], 2), compute_dtype(x.dtype))
         self.on_the_way(2 * x.nbytes)
 
         def vjp(dy: ShapeArray) -> Any:
@@ -198,49 +198,36 @@ class Rules:
         return y, vjp
 
     def lora_linears(self, x: ShapeArray, *layers: Any, scales: tuple[float, ...], needs: Any) -> Any:
-        """Where W + s·B A is built, u comes as further columns of one layer's result, and v as further ones of dx."""
         group = [layers[4 * number : 4 * number + 4] for number in range(len(scales))]
         needed = [needs[4 * number + 1 : 4 * number + 5] for number in range(len(scales))]
         shape_x, inside, dtype = x.shape, x.shape[-1], x.dtype
         count, itemsize = x.size // inside, dtype.itemsize
-        ranks = sum(len(lora_A) for _, _, lora_A, _ in group if lora_A is not None)
+        ranks = [0 if lora_A is None else len(lora_A) for _, _, lora_A, _ in group]
         outsides = [weight.shape[0] for weight, *_ in group]
-        merge = ranks > 0 and not self.on_gpu and merging_pays(count, inside, sum(outsides))
-        keeps_u = any(need[3] for need in needed)
-        carrier = max((number for number, each in enumerate(group) if each[2] is not None), default=None)
-        ys = []
-        for number, outside in enumerate(outsides):
-            extra = padded(ranks) if merge and keeps_u and number == carrier else 0
-            ys.append(self.reused((*shape_x[:-1], outside + extra), dtype)[..., :outside])
-        u = self.fresh((count, ranks), dtype)
-        self.factors_in_products(group, dtype, merge, padded(ranks))
-        kept_u = u if keeps_u else None
+        ys = tuple(self.reused((*shape_x[:-1], outside), dtype) for outside in outsides)
+        u = self.fresh((count, sum(ranks)), dtype)
+        for weight, *_ in group:
+            self.widened(weight, dtype)
+        kept_u = u if any(need[3] for need in needed) else None
         kept = (x.recipe or x) if any(need[2] for need in needed) else None
 
         def vjp(*dys: ShapeArray) -> Any:
-            merge = needs[0] and ranks > 0 and not self.on_gpu and merging_pays(count, max(outsides), inside)
-            dx = None
-            if needs[0]:
-                extra = padded(ranks) if merge and kept is not None else 0
-                dx = self.reused((*shape_x[:-1], inside + extra), dtype)[..., :inside]
-                self.factors_in_products(group, dtype, merge, extra)
-            blocks = 1 if self.on_gpu else max(self.threads, -(-count // MOST_ROWS))
+            dx = self.reused(shape_x, dtype) if needs[0] else None
+            if dx is not None:
+                for weight, *_ in group:
+                    self.widened(weight, dtype)
+                if len(group) > 1:
+                    self.blocks_of("a layer's share of dx", dx, MOST_ROWS * inside)
+                self.blocks_of("a low-rank term", dx, min(SKINNY_ENTRIES, MOST_ROWS * inside))
             if isinstance(kept, tuple):
                 self.blocks_of("an input made again", kept[0], min(SKINNY_ENTRIES, MOST_ROWS * inside))
-            if dx is not None and not merge:
-                self.blocks_of("a low-rank term", dx, min(SKINNY_ENTRIES, MOST_ROWS * inside))
-            if len(group) > 1 and not self.on_gpu:
-                rows = min(MOST_ROWS, -(-count // self.threads))
-                self.ledger.need_scratch("a layer's share of dx", self.threads * rows * inside * itemsize)
-            parts_B = sum(
-                len(each[2]) * outside for each, outside in zip(group, outsides, strict=True) if each[2] is not None
-            )
-            self.on_the_way(blocks * (ranks * inside + parts_B) * itemsize)
-            dA = self.fresh((ranks, inside), dtype) if kept is not None else None
+            blocks = 1 if self.on_gpu else max(self.threads, -(-count // MOST_ROWS))
+            parts = sum(rank * (inside + outside) for rank, outside in zip(ranks, outsides, strict=True))
+            self.on_the_way(blocks * parts * itemsize)
+            dA = self.fresh((sum(ranks), inside), dtype) if kept is not None else None
             gradients: list[Any] = [dx]
             column = 0
-            for (_, bias, lora_A, lora_B), need in zip(group, needed, strict=True):
-                rank = 0 if lora_A is None else len(lora_A)
+            for (_, bias, _, lora_B), need, rank in zip(group, needed, ranks, strict=True):
                 gradients += [
                     None,
                     self.fresh(bias.shape, dtype) if need[1] else None,
@@ -250,17 +237,7 @@ class Rules:
                 column += rank
             return tuple(gradients)
 
-        return tuple(ys), vjp
-
-    def factors_in_products(self, group: Any, dtype: np.dtype, merge: bool, extra: int) -> None:
-        """W + s·B A of each layer of a group, in scratch that all groups share; or W itself, widened if need be."""
-        for number, (weight, _, lora_A, _) in enumerate(group):
-            if merge and lora_A is not None:
-                size = (weight.shape[0] + extra) * (weight.shape[1] + extra)
-                self.ledger.need_scratch(f"W + s·B A, {number}", size * dtype.itemsize)
-                self.ledger.need_scratch("s·B A", self.threads * WEIGHT_BLOCK * weight.shape[1] * dtype.itemsize)
-            else:
-                self.widened(weight, dtype)
+        return ys, vjp
 
     def low_rank(self, x: ShapeArray, lora_A: ShapeArray, lora_B: ShapeArray, *, scale: float, needs: Any) -> Any:
         rank, count = len(lora_A), x.size // x.shape[-1]
@@ -335,7 +312,7 @@ class Rules:
         (batch, queries, heads, _), keys = q.shape, k.shape[1]
         scores = min(heads * min(queries, MOST_STEP) * keys, max(SCORES, BLOCK_ROWS * keys)) * q.dtype.itemsize
         o = self.reused(q.shape, q.dtype)
-        kept = (q, k, v, o, self.fresh((batch, queries, heads), np.float32))
+        kept = (q, k, v, o, self.fresh((batch, queries, heads), compute_dtype(q.dtype)))
 
         def vjp(do: ShapeArray) -> Any:
             q, k, v, *_ = kept
@@ -396,7 +373,7 @@ class Rules:
 
     def linear_cross_entropy(self, x: ShapeArray, weight: ShapeArray, *, labels: Any, weights: Any, needs: Any) -> Any:
         """A frozen head's logits come in tiles, a trained one's in chunks of CHUNK_ENTRIES, whose dW is a (V, D)."""
-        (count, width), vocabulary, wide = x.shape, weight.shape[0], np.dtype(np.float32)
+        (count, width), vocabulary, wide = x.shape, weight.shape[0], compute_dtype(x.dtype)
         dx = self.fresh(x.shape, x.dtype) if needs[0] else None
         dweight = self.fresh(weight.shape, wide) if needs[1] else None
         if needs[1] or self.on_gpu:
@@ -422,8 +399,8 @@ class Rules:
 
     def cross_entropy(self, logits: ShapeArray, *, labels: Any, weights: Any) -> Any:
         """From logits, where the head has an adapter; they are made a chunk at a time and again in backward."""
-        probabilities, dtype = self.fresh(logits.shape, np.float32), logits.dtype
-        loss = self.fresh((), np.float32)
+        wide, dtype = compute_dtype(logits.dtype), logits.dtype
+        probabilities, loss = self.fresh(logits.shape, wide), self.fresh((), wide)
 
         def vjp(dloss: ShapeArray) -> Any:
             return self.fresh(probabilities.shape, dtype)

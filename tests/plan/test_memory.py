@@ -172,6 +172,14 @@ def test_a_frozen_base_is_held_in_any_dtype_and_a_trained_one_in_float32():
     )
 
 
+def test_of_a_float64_base_everything_is_float64():
+    for lora in (None, ml.LoraConfig(r=4)):
+        narrow, wide = parts(lora), parts(lora, "float64")
+        for part in ("weights", "adapter", "gradients", "optimiser"):
+            assert getattr(wide, part) == 2 * getattr(narrow, part)
+        assert wide.activations > 1.9 * narrow.activations
+
+
 def test_recomputing_and_fewer_tokens_take_less_and_the_adapter_keeps_its_size():
     full = parts(ml.LoraConfig(), batch_size=4)
     recomputed = parts(ml.LoraConfig(), batch_size=4, checkpoint=True)
