@@ -125,7 +125,9 @@ def render(records: dict[str, Any]) -> str:
     for name in CASES:
         formula, source = formula_and_source(PRIMITIVES[name])
         cells = [
-            f"{record['primitives'][name].get(against, 0.0):.0e}" if record else "not yet recorded"
+            f"{record['primitives'][name].get(against, 0.0):.0e}"
+            if record and name in record["primitives"]
+            else "not yet recorded"
             for record in (cpu, cuda)
             for against in ("composition", "differences", "float32")
         ]

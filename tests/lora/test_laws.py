@@ -222,7 +222,8 @@ def test_gradients_under_dropout_are_those_of_the_masks_that_were_drawn(seed, de
 
     def loss():
         network.network.adapter_state.selection = Selection((("a", 1.0),), None, dropout_pass=seed)
-        return network.network.loss_sums(ids, {"": targets}, np.where(targets >= 0, 0.1, 0.0))[""]
+        batch = network.network.loss_batch(ids, {"": targets}, np.where(targets >= 0, 0.1, 0.0))
+        return network.network.loss_sums(batch.on(device))[""]
 
     reports = ml.gradcheck_parameters(loss, parameters, groups={"all": list(parameters)}, seed=seed)
     reports["all"].raise_if_wrong()
