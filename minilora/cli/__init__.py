@@ -28,6 +28,7 @@ COMMANDS = {  # name -> the first sentence of its help
     "gradcheck": "Check the gradients of your model and adapter against finite differences, in float64.",
     "plan": "Tell how much memory training takes, and on what it fits, for full fine-tuning and LoRA side by side.",
     "report": "Make an HTML page of a run, or of several: loss, learning rate, gradient norms, samples, spectra.",
+    "bench": "Measure training and decoding on your machine and model: tokens/s, how near the limit, peak memory.",
     "inspect": "Show what a model, an adapter or a GGUF file holds: shapes, dtypes, sizes, ranks, norms.",
 }
 SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}

@@ -33,7 +33,7 @@ class KVCache:
 
     def arrays(self) -> tuple[list[Array], list[Array]]:
         """Each layer's keys and values with all their places (B, capacity, K, d), once every layer has extended."""
-        return self.keys, self.values  # type: ignore[return-value]
+        return self.keys, self.values
 
     def advance(self, count: int) -> None:
         """Count `count` new positions as held, after every layer has extended."""

@@ -73,7 +73,11 @@ def _block(block: Any, dtype: np.dtype) -> Block:
     return Block(
         *(_norm(block.input_layernorm, dtype), together([q, k, v]), q_norm, k_norm, o),
         *(_norm(block.post_attention_layernorm, dtype), together([gate, up]), down),
-        *(attention.heads, attention.kv_heads, attention.width, attention.scale, attention.window),
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        width=attention.width,
+        scale=attention.scale,
+        window=attention.window,
     )
 
 

@@ -128,15 +128,15 @@ def lora_rows(
     parts = []
     for k, index in enumerate(mine):
         A, B, wanted = factors[2 * k], factors[2 * k + 1], (needs[0], *needs[2 * k + 3 : 2 * k + 5])
-        update, vjp = low_rank.definition(x[index], A, B, scale=scales[k], needs=wanted)
+        update, update_vjp = low_rank.definition(x[index], A, B, scale=scales[k], needs=wanted)
         y[index] += update
-        parts.append(vjp)
+        parts.append(update_vjp)
 
     def vjp(dy):
         dx, _, dbias = base_vjp(dy)
         grads = []
-        for index, part_vjp in zip(mine, parts, strict=True):
-            d_own, *d_factors = part_vjp(dy[index])
+        for index, update_vjp in zip(mine, parts, strict=True):
+            d_own, *d_factors = update_vjp(dy[index])
             grads += d_factors
             if needs[0]:
                 dx[index] += d_own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ... import ops
@@ -180,7 +182,8 @@ def add_rms_norm(x: Array, delta: Array | None, weight: Array, *, eps: float, ne
 
     def vjp(ds, dy):
         ds, dy = flat(ds, dy)
-        dx = dweight = None
+        dx: Any = None
+        dweight = None
         if needs[0] or needs[1]:
             dx = empty_like(s)
 

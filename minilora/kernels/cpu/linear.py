@@ -1,4 +1,7 @@
-"""Linear layers, plain and with LoRA, split by rows; where it pays, with W + s·B A built in one reused scratch.
+"""Linear layers, plain and with LoRA, split by rows.
+
+The low-rank terms are added block by block, while what they are added to is in the cache. Building W + s·B A for each
+pass, so that they cost no pass of their own, was measured too and is slower: it is a pass over memory for every W.
 
 Axes: N tokens, in and out the layer's widths, r the rank.
 """
@@ -20,8 +23,6 @@ from .threads import parallel_rows, row_blocks, run_all, scratch
 MOST_ROWS = 512  # of one product: more gain nothing, fewer pack the weight too often
 LEAST_ROWS = 32
 SKINNY_ENTRIES = 1 << 19  # of the wide operand in a product with r columns: it is used twice while in the cache
-MERGE_GAIN = 1 << 18  # entries that merging has to save, for the threads to be called once more
-WEIGHT_BLOCK = 512  # rows of W at a time while W + s·B A is built
 
 
 def dense(weight: Any) -> bool:
@@ -31,14 +32,6 @@ def dense(weight: Any) -> bool:
 def over_gemm_rows(fn, n: int) -> None:
     """fn on row blocks of a matrix product with n rows."""
     parallel_rows(fn, n, most=MOST_ROWS, least=LEAST_ROWS)
-
-
-def merging_pays(count: int, contracted: int, produced: int) -> bool:
-    """Whether W + s·B A pays for products (count, contracted) × (contracted, produced): it saves more than it costs.
-
-    Building it is a pass over W; without it the low-rank term is a pass over the result, and one over x or g besides.
-    """
-    return (count - contracted // 2) * produced > MERGE_GAIN
 
 
 def sum_of_parts(parts) -> np.ndarray:
@@ -111,47 +104,7 @@ class Layer:
         _, self.needs_bias, self.needs_A, self.needs_B = needs
         self.rank = 0 if self.lora_A is None else len(self.lora_A)
         self.columns = slice(first_column, first_column + self.rank)
-        self.scaled_B = None if self.lora_B is None else self.lora_B * self.scale
-
-
-def merged(group: list[Layer], below: list[Any], beside: list[Any]) -> list[np.ndarray]:
-    """Each layer's W + s·B A, in scratch that is good until the next call; W itself for a layer without factors.
-
-    below, beside: None, or a matrix that is put under a layer's (k, in) or to the right of it (out, k): the product
-    with both costs little more than the one, where the product with a matrix of few rows costs a pass over x.
-    """
-    results, tasks = [], []
-    for number, (layer, under, right) in enumerate(zip(group, below, beside, strict=True)):
-        if layer.lora_A is None:
-            results.append(cast(layer.weight, layer.dtype))
-            continue
-        more_rows, more_columns = 0 if under is None else len(under), 0 if right is None else right.shape[1]
-        shape = layer.outside + padded(more_rows), layer.inside + padded(more_columns)
-        result = scratch(f"merged {number}", shape, layer.dtype)
-        result[layer.outside :] = 0
-        result[:, layer.inside :] = 0
-        if under is not None:
-            result[layer.outside : layer.outside + more_rows, : layer.inside] = under
-        if right is not None:
-            result[: layer.outside, layer.inside : layer.inside + more_columns] = right
-        results.append(result)
-        blocks = row_blocks(layer.outside, MOST_ROWS, LEAST_ROWS)
-        tasks += [partial(merge_rows, layer, result[:, : layer.inside], a, b) for a, b in blocks]
-    run_all(tasks)
-    return results
-
-
-def padded(count: int) -> int:
-    """The next multiple of a cache line's 16 floats: rows of a matrix that is so much longer begin on one, too."""
-    return -(-count // 16) * 16
-
-
-def merge_rows(layer: Layer, result: np.ndarray, a: int, b: int) -> None:
-    for start in range(a, b, WEIGHT_BLOCK):
-        part = slice(start, min(start + WEIGHT_BLOCK, b))
-        term = scratch("merging", (part.stop - start, layer.inside), layer.dtype)
-        np.matmul(layer.scaled_B[part], layer.lora_A, out=term)
-        np.add(term, layer.weight[part], out=result[part])
+        self.scaled_B: Any = None if self.lora_B is None else self.lora_B * self.scale
 
 
 def group_applies(x: Array, *layers: Any, scales: tuple[float, ...]) -> bool:
@@ -172,82 +125,62 @@ def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple
         part = slice(4 * number, 4 * number + 4)
         total_rank = group[-1].columns.stop if group else 0
         group.append(Layer(layers[part], scale, dtype, needs[1:][part], total_rank))
-    nothing = [None] * len(group)
     factors = [layer.lora_A for layer in group if layer.lora_A is not None]
     stacked_A: Any = np.concatenate(factors) if factors else None  # (R, in): one product gives every layer's u
     ranks = len(stacked_A) if factors else 0
-    merge = ranks > 0 and merging_pays(count, inside, sum(layer.outside for layer in group))
-    keeps_u = any(layer.needs_B for layer in group)
-    u = np.empty((count, ranks), dtype) if keeps_u or not merge else None
-    carrier = max((number for number, layer in enumerate(group) if layer.rank), default=None)  # whose product gives u
-    if not (merge and keeps_u):
-        carrier = None
-    widths = [layer.outside + (padded(ranks) if number == carrier else 0) for number, layer in enumerate(group)]
-    results = [empty((count, width), dtype) for width in widths]
-    if merge:
-        matrices = merged(group, [stacked_A if number == carrier else None for number in range(len(group))], nothing)
-    else:
-        matrices = [cast(layer.weight, dtype) for layer in group]
+    u = np.empty((count, ranks), dtype)
+    ys = [empty((count, layer.outside), dtype) for layer in group]
+    matrices = [cast(layer.weight, dtype) for layer in group]
 
     def forward(a: int, b: int) -> None:
-        if not merge and ranks:
+        if factors:
             np.matmul(tokens[a:b], stacked_A.T, out=u[a:b])
-        for number, (layer, result, matrix) in enumerate(zip(group, results, matrices, strict=True)):
-            np.matmul(tokens[a:b], matrix.T, out=result[a:b])
-            if number == carrier:
-                u[a:b] = result[a:b, layer.outside : layer.outside + ranks]
-            if not merge and layer.rank:
-                add_product(u[a:b, layer.columns], layer.scaled_B.T, result[a:b])
+        for layer, y, matrix in zip(group, ys, matrices, strict=True):
+            np.matmul(tokens[a:b], matrix.T, out=y[a:b])
+            if layer.rank:
+                add_product(u[a:b, layer.columns], layer.scaled_B.T, y[a:b])
             if layer.bias is not None:
-                result[a:b, : layer.outside] += layer.bias
+                y[a:b] += layer.bias
 
     over_gemm_rows(forward, count)
-    kept_u: Any = u if keeps_u else None
+    kept_u: Any = u if any(layer.needs_B for layer in group) else None
     kept: Any = keep(x) if any(layer.needs_A for layer in group) else None
 
     def vjp(*dys):
         gs = [rows(dy) for dy in dys]
-        merge = needs[0] and ranks > 0 and merging_pays(count, max(layer.outside for layer in group), inside)
-        if merge:
-            matrices = merged(group, nothing, [layer.scaled_B if kept else None for layer in group])
-        else:
-            matrices = [cast(layer.weight, dtype) for layer in group] if needs[0] else []
-        # dx may have columns to the right, where the first layer's product has that layer's v.
-        wide: Any = empty((count, matrices[0].shape[1]), dtype) if needs[0] else None
-        dx = wide[:, :inside] if needs[0] else None
+        matrices = [cast(layer.weight, dtype) for layer in group] if needs[0] else []
+        dx: Any = empty((count, inside), dtype) if needs[0] else None
         blocks = row_blocks(count, MOST_ROWS, LEAST_ROWS)
         parts_A: Any = np.empty((len(blocks), ranks, inside), dtype) if kept else None
         parts_B = [np.empty((len(blocks), layer.rank, layer.outside), dtype) for layer in group if layer.needs_B]
         step = max(16, SKINNY_ENTRIES // max(inside, *(layer.outside for layer in group)))
 
         def backward(number: int, begin: int, end: int) -> None:
-            v = scratch("v", (end - begin, ranks), dtype)
-            for index, (layer, g, matrix) in enumerate(zip(group, gs, matrices, strict=False)):
-                out = scratch("product", (end - begin, matrix.shape[1]), dtype) if index else wide[begin:end]
-                np.matmul(g[begin:end], matrix, out=out)
-                if index:
-                    dx[begin:end] += out[:, :inside]
-                if merge and kept:
-                    v[:, layer.columns] = out[:, inside : inside + layer.rank]
+            for index, (g, matrix) in enumerate(zip(gs, matrices, strict=False)):
+                if index == 0:
+                    np.matmul(g[begin:end], matrix, out=dx[begin:end])
+                else:
+                    product = scratch("product", (end - begin, inside), dtype)
+                    dx[begin:end] += np.matmul(g[begin:end], matrix, out=product)
             for a in range(begin, end, step):
                 b = min(a + step, end)
-                v_part = v[a - begin : b - begin]
-                if not merge and (kept or needs[0]):
+                v = scratch("v", (b - a, ranks), dtype)
+                if ranks and (kept or needs[0]):
                     for layer, g in zip(group, gs, strict=True):
                         if layer.rank:
-                            np.matmul(g[a:b], layer.scaled_B, out=v_part[:, layer.columns])
-                    if needs[0] and ranks:
-                        dx[a:b] += np.matmul(v_part, stacked_A, out=scratch("term", (b - a, inside), dtype))
+                            np.matmul(g[a:b], layer.scaled_B, out=v[:, layer.columns])
+                    if needs[0]:
+                        dx[a:b] += np.matmul(v, stacked_A, out=scratch("term", (b - a, inside), dtype))
                 if kept:
                     if kept.left is not None:
-                        v_part *= kept.left[a:b]
-                    add_to(parts_A[number], v_part.T, kept.rows(a, b), a == begin)
+                        v *= kept.left[a:b]
+                    add_to(parts_A[number], v.T, kept.rows(a, b), a == begin)
                 with_B = (pair for pair in zip(group, gs, strict=True) if pair[0].needs_B)
                 for (layer, g), part in zip(with_B, parts_B, strict=True):
                     add_to(part[number], kept_u[a:b, layer.columns].T, g[a:b], a == begin)
 
         run_all([partial(backward, number, a, b) for number, (a, b) in enumerate(blocks)])
-        d_lora_A = sum_of_parts(parts_A) if kept else None
+        d_lora_A: Any = sum_of_parts(parts_A) if kept else None
         if kept and kept.right is not None:
             d_lora_A *= kept.right
         remaining = iter(parts_B)
@@ -261,7 +194,6 @@ def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple
             ]
         return tuple(gradients)
 
-    ys = (result[:, : layer.outside] for layer, result in zip(group, results, strict=True))
     return tuple(y.reshape(*shape_x[:-1], y.shape[1]) for y in ys), vjp
 
 

@@ -85,7 +85,7 @@ def lora_rows(
     def vjp(dy):
         g = rows(dy)
         dx: Any = empty((count, inside), dtype) if needs[0] else None
-        wide = cast(weight, dtype) if needs[0] else None
+        wide: Any = cast(weight, dtype) if needs[0] else None
         gradients_A = [np.zeros(A.shape, dtype) if need else None for A, need in zip(As, needs_A, strict=True)]
         gradients_B = [np.zeros(B.shape[::-1], dtype) if need else None for B, need in zip(Bs, needs_B, strict=True)]
         parts: list[list[tuple[int, Any, Any]]] = [[] for _ in blocks]  # of each block: (adapter, of A, of B)
