@@ -72,7 +72,7 @@ TASKS = (
         "And the king said",
         stored("king_james.jsonl"),
         steps=120,
-        lr=4e-3,
+        lr=3e-3,
     ),
     Task(
         "devil",
@@ -81,7 +81,7 @@ TASKS = (
         "MONEY, n.",
         stored("devil.jsonl"),
         steps=120,
-        lr=4e-3,
+        lr=3e-3,
     ),
     Task(
         "dates",
@@ -89,8 +89,8 @@ TASKS = (
         "7 March 2021 as 2021-03-07: right or wrong, counted on dates that were not in the training rows",
         "7 March 2021 =",
         date_rows,
-        steps=300,
-        lr=6e-3,
+        steps=350,
+        lr=3e-3,
         exact=True,
     ),
 )

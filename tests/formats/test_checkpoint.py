@@ -33,6 +33,10 @@ def test_a_directory_and_a_gguf_file_are_found_where_they_are(model, write_gguf)
     assert find_model(path) == path
 
 
+def test_mini_is_in_the_package():
+    assert (find_model("mini") / "config.json").is_file()
+
+
 def test_smollm2_is_found_where_pip_put_it(smollm2):
     assert find_model("smollm2") == smollm2
     assert smollm2.read_bytes()[:4] == b"GGUF"
@@ -49,7 +53,9 @@ def test_what_is_not_there_is_an_error_that_says_what_would_be(name, tmp_path, m
     monkeypatch.chdir(tmp_path)
     if name == "":
         name = str(tmp_path / "gone")
-    with pytest.raises(MiniloraError, match=r'was not found: expected a model directory, a \.gguf file, "mini", "smollm2" or'):
+    with pytest.raises(
+        MiniloraError, match=r'not found: expected a model directory, a \.gguf file, "mini", "smollm2" or'
+    ):
         find_model(name)
 
 
