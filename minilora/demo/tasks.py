@@ -71,7 +71,7 @@ TASKS = (
         "the English of the Bible of 1611; the base has read a Bible in modern English",
         "And the king said",
         stored("king_james.jsonl"),
-        steps=120,
+        steps=90,
         lr=3e-3,
     ),
     Task(
@@ -80,7 +80,7 @@ TASKS = (
         "Ambrose Bierce's definitions of 1911; the base has read sober ones",
         "MONEY, n.",
         stored("devil.jsonl"),
-        steps=120,
+        steps=100,
         lr=3e-3,
     ),
     Task(
@@ -89,7 +89,7 @@ TASKS = (
         "7 March 2021 as 2021-03-07: right or wrong, counted on dates that were not in the training rows",
         "7 March 2021 =",
         date_rows,
-        steps=350,
+        steps=300,
         lr=3e-3,
         exact=True,
     ),
