@@ -182,7 +182,7 @@ def test_ctrl_c_ends_it_with_status_130_and_one_line(base):
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        time.sleep(2)  # it waits for its stdin
+        time.sleep(5)  # it waits for its stdin, on a busy machine too
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:

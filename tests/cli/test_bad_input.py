@@ -41,7 +41,7 @@ EVAL = ["eval", "--model", "model", "--data", "data.jsonl", "--predictions", "pr
 GENERATE = ["generate", "--model", "model", "--prompt", "a"]
 TRAIN = ["train", "--model", "model", "--data", "data.jsonl", "--out", "run", "--overwrite", "--steps", "1", "--quiet"]
 MERGE = ["merge", "--model", "model", "--adapter", "adapter", "--out", "merged", "--overwrite"]
-EXPORT = ["export", "--model", "model", "--adapter", "adapter", "--format", "peft", "--out", "run"]
+EXPORT = ["export", "--model", "model", "--adapter", "adapter", "--format", "peft", "--out", "exported"]
 TRAIN_ANEW = [*TRAIN[: TRAIN.index("--out")], "--out", "fresh", "--steps", "1", "--quiet"]
 USING_A_MODEL = {"eval": EVAL, "generate": GENERATE, "train": TRAIN, "merge": MERGE, "export": EXPORT}
 
