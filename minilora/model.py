@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import FLOAT_DTYPES, Array, activation_dtype, cast, compute_dtype, dtype_of, to_device, to_numpy, use_device
+from .backend import (
+    FLOAT_DTYPES,
+    Array,
+    activation_dtype,
+    cast,
+    compute_dtype,
+    dtype_of,
+    to_device,
+    to_numpy,
+    use_device,
+)
 from .errors import MiniloraError
 from .lora import PEFT_PREFIX, Adapters, Combination, LoraConfig, Merge, Rounding, combine
 from .lora.layer import places
@@ -173,12 +183,12 @@ class Model:
     def to(self, device: str) -> Model:
         """Move all weights and adapters to the device, in place; returns the model."""
         use_device(device)
+        if any(isinstance(tensor.data, CompressedWeight) for tensor in self._all_tensors()):
+            raise MiniloraError(
+                "a model with compressed weights stays on the device that it was loaded to: load it there"
+            )
         self._changes += 1
         for tensor in self._all_tensors():
-            if isinstance(tensor.data, CompressedWeight):
-                raise MiniloraError(
-                    "a model with compressed weights stays on the device that it was loaded to: load it there"
-                )
             tensor.data = to_device(tensor.data, device)
             tensor.grad = None
         self.network.compute_in(activation_dtype(self.network.lm_head.weight.dtype, device))
@@ -264,6 +274,12 @@ class Model:
         """What the launches of a pass depend on besides its batch: the selection, checkpointing, and the tensors."""
         selection = self._adapters.selection
         return selection.weights, selection.rows, self.checkpoint, self._changes
+
+    def is_settled(self) -> bool:
+        """Whether a pass would find all that is kept from pass to pass: what it makes anew is not to be recorded."""
+        from .kernels.cuda.lists import pass_of
+
+        return pass_of(self.network).is_settled(self.dtype)
 
     def read_by_recordings(self, rows: Iterable[Sequence[str | None] | None]) -> list[Any]:
         """What a recorded pass reads and a later pass may replace; rows: the adapters by row of its batches."""
@@ -486,7 +502,8 @@ class Model:
         """Train the base parameters that `pattern` matches (a list by suffix, a string by full regular expression);
         their names.
 
-        They become writable copies in float32 (float64 in a float64 model). A pattern without a match is a MiniloraError.
+        They become writable copies in float32 (float64 in a float64 model). A pattern without a match is a
+        MiniloraError.
         """
         names = dict(self.network.named_parameters())
         chosen = selected(list(names), pattern, "unfreeze", "parameter")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backend import Array
+from .backend import Array, to_numpy
 from .errors import MiniloraError
 from .models.causal_lm import IGNORED, NO_LABEL, Batch
 from .optim import AdamW, clip_grad_norm, global_norm
@@ -90,6 +90,8 @@ class TrainStep:
         unequally. With rows each adapter's sum is divided by the adapter's own total.
         """
         given = [MicroBatch(*batch) for batch in batches]
+        if len({batch.rows is None for batch in given}) > 1:
+            raise MiniloraError("found micro-batches with rows and others without, expected rows=[...] for all or none")
         counts = [self._count(batch) for batch in given]
         total = reduce(add, counts) if counts else 0
         if not total:
@@ -104,7 +106,7 @@ class TrainStep:
 
     def _passes(self, batches: Sequence[MicroBatch], total: Any) -> dict[str, Array]:
         """Forward and backward of all micro-batches, launch by launch or as one recording; the losses by adapter."""
-        recorded = self.model.device != "cpu" and self.model.can_be_recorded()
+        recorded = self.model.device != "cpu" and all(map(self._can_be_recorded, batches))
         prepared = []
         for batch in batches:
             self._select(batch)
@@ -145,7 +147,7 @@ class TrainStep:
             return losses, [parameter.grad for parameter in parameters]
 
         held = partial(self.model.read_by_recordings, [batch.rows for batch in batches])
-        losses, grads = self.recorder.run(key, arrays, step, held)
+        losses, grads = self.recorder.run(key, arrays, step, held, self.model.is_settled)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         return {name: loss.copy() for name, loss in losses.items()}  # the next step writes over the recording's own
@@ -168,6 +170,10 @@ class TrainStep:
     def _select(self, batch: MicroBatch) -> None:
         if batch.rows is not None:
             self.model.set_adapter(rows=batch.rows)
+
+    def _can_be_recorded(self, batch: MicroBatch) -> bool:
+        self._select(batch)
+        return self.model.can_be_recorded()
 
     def _count(self, batch: MicroBatch) -> Any:
         """The label tokens of a micro-batch, by adapter where its rows have their own."""
@@ -203,7 +209,7 @@ def lengthened(batch: MicroBatch, most: int) -> MicroBatch:
         return batch
 
     def longer(rows: Any, value: int) -> np.ndarray:
-        return np.pad(np.asarray(rows), ((0, 0), (0, more)), constant_values=value)
+        return np.pad(to_numpy(rows), ((0, 0), (0, more)), constant_values=value)
 
     labels = longer(batch.tokens if batch.labels is None else batch.labels, IGNORED)
     segments = None if batch.segments is None else longer(batch.segments, 0)

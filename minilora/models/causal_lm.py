@@ -181,7 +181,8 @@ class CausalLM(Module):
         else:
             positions = np.arange(begin, begin + tokens.shape[1])[None]
         if self.rotary is not None:
-            self.rotary.reach(int(positions.max(initial=0)) + 1)
+            # As far as the shape allows, whatever the segments: a recorded step reads the same table for other values.
+            self.rotary.reach(begin + tokens.shape[1] if segments is None else segments.shape[1])
         return Batch(tokens, positions, segments)
 
     def hidden_of(self, batch: Batch, cache: KVCache | None = None) -> Tensor:

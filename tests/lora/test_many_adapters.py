@@ -193,3 +193,78 @@ def test_what_does_not_fit_is_named_and_trains_nothing(act, message):
         act(network, optimisers)
     for name in NAMES:
         assert all(np.array_equal(before[name][key], array) for key, array in arrays(network, name).items())
+
+
+def test_micro_batches_have_rows_all_or_none():
+    network = base()
+    step = ml.TrainStep(network, ml.AdamW(network.adapter_parameters("a")))
+    tokens = np.ones((2, 6), int)
+    for batches in ([(tokens,), (tokens, None, None, ["a", "b"])], [(tokens, None, None, ["a", "b"]), (tokens,)]):
+        with pytest.raises(MiniloraError, match=r"micro-batches with rows and others without, expected rows"):
+            step.gradients(batches)
+
+
+def test_dropout_in_any_micro_batch_keeps_a_step_from_being_recorded(monkeypatch):
+    network = tiny.model()
+    network.add_adapter("drops", ml.LoraConfig(r=2, dropout=0.5))
+    network.add_adapter("plain", ml.LoraConfig(r=2))
+    step = ml.TrainStep(network, {name: ml.AdamW(network.adapter_parameters(name)) for name in ("drops", "plain")})
+    monkeypatch.setattr(ml.Model, "device", property(lambda self: "cpu, said to be another"))
+    recorded = []
+    monkeypatch.setattr(step, "_recorded", lambda *_: recorded.append("recorded") or {})
+    monkeypatch.setattr(step, "_forward_and_backward", lambda *_: recorded.append("launched") or {})
+    monkeypatch.setattr("minilora.models.causal_lm.Batch.on", lambda self, device: self)
+    tokens = np.ones((1, 6), int)
+    for names in (["drops", "plain"], ["plain", "drops"], ["plain", "plain"]):
+        step.gradients([(tokens, None, None, [name]) for name in names])
+    assert recorded == ["launched", "launched", "recorded"]
+
+
+def test_micro_batches_have_rows_all_or_none():
+    network = base()
+    step = ml.TrainStep(network, ml.AdamW(network.adapter_parameters("a")))
+    tokens = np.ones((2, 6), int)
+    for batches in ([(tokens,), (tokens, None, None, ["a", "b"])], [(tokens, None, None, ["a", "b"]), (tokens,)]):
+        with pytest.raises(MiniloraError, match=r"micro-batches with rows and others without, expected rows"):
+            step.gradients(batches)
+
+
+def test_dropout_in_any_micro_batch_keeps_a_step_from_being_recorded(monkeypatch):
+    network = tiny.model()
+    network.add_adapter("drops", ml.LoraConfig(r=2, dropout=0.5))
+    network.add_adapter("plain", ml.LoraConfig(r=2))
+    step = ml.TrainStep(network, {name: ml.AdamW(network.adapter_parameters(name)) for name in ("drops", "plain")})
+    monkeypatch.setattr(ml.Model, "device", property(lambda self: "cpu, said to be another"))
+    recorded = []
+    monkeypatch.setattr(step, "_recorded", lambda *_: recorded.append("recorded") or {})
+    monkeypatch.setattr(step, "_forward_and_backward", lambda *_: recorded.append("launched") or {})
+    monkeypatch.setattr("minilora.models.causal_lm.Batch.on", lambda self, device: self)
+    tokens = np.ones((1, 6), int)
+    for names in (["drops", "plain"], ["plain", "drops"], ["plain", "plain"]):
+        step.gradients([(tokens, None, None, [name]) for name in names])
+    assert recorded == ["launched", "launched", "recorded"]
+
+
+def test_micro_batches_have_rows_all_or_none():
+    network = base()
+    step = ml.TrainStep(network, ml.AdamW(network.adapter_parameters("a")))
+    tokens = np.ones((2, 6), int)
+    for batches in ([(tokens,), (tokens, None, None, ["a", "b"])], [(tokens, None, None, ["a", "b"]), (tokens,)]):
+        with pytest.raises(MiniloraError, match=r"micro-batches with rows and others without, expected rows"):
+            step.gradients(batches)
+
+
+def test_dropout_in_any_micro_batch_keeps_a_step_from_being_recorded(monkeypatch):
+    network = tiny.model()
+    network.add_adapter("drops", ml.LoraConfig(r=2, dropout=0.5))
+    network.add_adapter("plain", ml.LoraConfig(r=2))
+    step = ml.TrainStep(network, {name: ml.AdamW(network.adapter_parameters(name)) for name in ("drops", "plain")})
+    monkeypatch.setattr(ml.Model, "device", property(lambda self: "cpu, said to be another"))
+    recorded = []
+    monkeypatch.setattr(step, "_recorded", lambda *_: recorded.append("recorded") or {})
+    monkeypatch.setattr(step, "_forward_and_backward", lambda *_: recorded.append("launched") or {})
+    monkeypatch.setattr("minilora.models.causal_lm.Batch.on", lambda self, device: self)
+    tokens = np.ones((1, 6), int)
+    for names in (["drops", "plain"], ["plain", "drops"], ["plain", "plain"]):
+        step.gradients([(tokens, None, None, [name]) for name in names])
+    assert recorded == ["launched", "launched", "recorded"]

@@ -3,7 +3,8 @@
 A step of a small model is hundreds of launches that each cost more host time than GPU time; a replay costs one. What is
 recorded are addresses: the inputs are copied to where the recording reads them, and everything made on the way lies in
 a memory pool that nothing else uses, so that a replay overwrites nobody's data. The first two steps of a shape run
-launch by launch (kernels are compiled, what is kept from step to step is made), the third is recorded.
+launch by launch (kernels are compiled, what is kept from step to step is made), the third is recorded, or the first
+one after it for which nothing of that kind is to be made again: a copy from the host has no place in a recording.
 """
 
 from __future__ import annotations
@@ -40,17 +41,23 @@ class Recorder:
         self.seen: Counter[int] = Counter()
 
     def run(
-        self, key: Hashable, inputs: Sequence[np.ndarray], step: Callable[[list[Array]], Any], held: Callable[[], Any]
+        self,
+        key: Hashable,
+        inputs: Sequence[np.ndarray],
+        step: Callable[[list[Array]], Any],
+        held: Callable[[], Any],
+        settled: Callable[[], bool],
     ) -> Any:
         """step(inputs on the device) by the recording of this key, or launch by launch where there is none yet.
 
         The key names everything that the launches depend on besides the values of the inputs. held(): objects whose
-        memory the launches read. The results lie in memory that the next run may overwrite.
+        memory the launches read. settled(): whether the step would make nothing anew that is kept. The results lie in
+        memory that the next run may overwrite.
         """
         if key not in self.recordings:
             with cupy.cuda.using_allocator(self.pool.malloc), self.stream:
                 self.seen[hash(key)] += 1
-                if self.seen[hash(key)] <= UNRECORDED:
+                if self.seen[hash(key)] <= UNRECORDED or not settled():
                     return step([cupy.asarray(array) for array in inputs])
             while len(self.recordings) >= MOST:
                 del self.recordings[next(iter(self.recordings))]

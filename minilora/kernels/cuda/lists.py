@@ -154,9 +154,8 @@ class Pass:
         reference = self.known.get(array.data.ptr)
         return reference is not None and reference() is array
 
-    def round_all(self, dtype: np.dtype) -> None:
-        """Round every known array that is alive, into the buffers that they have."""
-        assert self.rounded is not None
+    def _alive(self) -> dict[int, Array]:
+        """The known arrays that are still there, by address; the others, and their groups, are forgotten."""
         here = cupy.cuda.Device().id
         alive: dict[int, Array] = {}
         for address, reference in list(self.known.items()):
@@ -166,9 +165,23 @@ class Pass:
             elif array.device.id == here and array.flags.c_contiguous:
                 alive[address] = array
         self.groups = {key: sizes for key, sizes in self.groups.items() if all(address in alive for address in key)}
-        if not alive:
+        return alive
+
+    def _key(self, alive: dict[int, Array], dtype: np.dtype) -> tuple[Any, ...]:
+        shapes = ((address, array.shape) for address, array in alive.items())
+        return (cupy.cuda.Device().id, dtype.name, tuple(self.groups), *shapes)
+
+    def is_settled(self, dtype: np.dtype) -> bool:
+        """Whether the next pass finds the buffers that it rounds into, rather than make them."""
+        alive = self._alive()
+        return not alive or self._key(alive, dtype) in self.buffers
+
+    def round_all(self, dtype: np.dtype) -> None:
+        """Round every known array that is alive, into the buffers that they have."""
+        assert self.rounded is not None
+        if not (alive := self._alive()):
             return
-        key = (here, dtype.name, tuple(self.groups), *((address, array.shape) for address, array in alive.items()))
+        key = self._key(alive, dtype)
         if key not in self.buffers:
             self.buffers = {other: buffer for other, buffer in self.buffers.items() if other[:2] != key[:2]}
             with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):  # it outlives a recorded step
