@@ -108,5 +108,8 @@ def peft_adapter(
 
 
 def most_common(values: list[float]) -> float:
-    """The value that most of them have: made the common one, it leaves most matrices bit for bit as they are."""
-    return Counter(values).most_common(1)[0][0]
+    """The value that most of them have: made the common one, it leaves most matrices bit for bit as they are.
+
+    Never 0, from which no B has its update back, and which llama.cpp takes for 1: a scale of 0 goes into B as well.
+    """
+    return Counter([value for value in values if value] or [1.0]).most_common(1)[0][0]

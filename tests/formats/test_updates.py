@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minilora.errors import MiniloraError
-from minilora.formats.updates import Update, peft_adapter, updates_of
+from minilora.formats.updates import Update, most_common, peft_adapter, updates_of
 from minilora.lora.config import LoraConfig
 
 PREFIX = "base_model.model."
@@ -90,3 +90,24 @@ def test_what_is_no_update_is_refused_by_its_name(key):
 def test_an_adapter_whose_base_has_changed_is_refused():
     with pytest.raises(MiniloraError, match=r"principal part \(PiSSA\)"):
         updates_of(LoraConfig(init="pissa"), {}, "llama.cpp")
+
+
+def test_a_scale_of_zero_is_nobody_s_common_one():
+    """Else an update of another scale could not be said, and llama.cpp would take alpha = 0 for a factor of 1."""
+    assert most_common([0.0, 0.0, 2.0]) == 2.0
+    assert most_common([0.0]) == 1.0
+    assert not delta(update(scale=0.0).scaled_to(2.0)).any()
+
+
+def test_a_scale_of_zero_is_nobody_s_common_one():
+    """Else an update of another scale could not be said, and llama.cpp would take alpha = 0 for a factor of 1."""
+    assert most_common([0.0, 0.0, 2.0]) == 2.0
+    assert most_common([0.0]) == 1.0
+    assert not delta(update(scale=0.0).scaled_to(2.0)).any()
+
+
+def test_a_scale_of_zero_is_nobody_s_common_one():
+    """Else an update of another scale could not be said, and llama.cpp would take alpha = 0 for a factor of 1."""
+    assert most_common([0.0, 0.0, 2.0]) == 2.0
+    assert most_common([0.0]) == 1.0
+    assert not delta(update(scale=0.0).scaled_to(2.0)).any()
