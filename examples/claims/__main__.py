@@ -1,0 +1,50 @@
+"""python -m examples.claims NAME|all [--model mini] [--out docs/claims]: measure, draw, write the page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from minilora.errors import MiniloraError
+from minilora.files import atomic_write, json_bytes
+
+from . import NAMES
+from .page import DOCS, claim, stem, write_pages
+
+
+def run(name: str, model: str, out: Path) -> None:
+    """Measure one claim; leave NAME.json and NAME.png."""
+    module = claim(name)
+    begun = time.monotonic()
+    results = module.measure(model)
+    seconds = round(time.monotonic() - begun)
+    found = {"claim": name, "model": model, "seconds": seconds, "results": results}
+    module.draw(results, out / f"{stem(name, model)}.png")
+    atomic_write(out / f"{stem(name, model)}.json", json_bytes(found))
+    verdict = module.verdict(results)
+    print(f"{name} ({model}, {seconds} s): {verdict.word}: {verdict.why}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.claims", description="Measure the claims about LoRA.")
+    parser.add_argument("names", nargs="*", choices=[*NAMES, "all", []], help="which claims", metavar="NAME")
+    parser.add_argument("--model", default="mini", help="a model's name or path (default: mini)")
+    parser.add_argument("--out", type=Path, default=DOCS, help="the folder for numbers, figures and pages")
+    parser.add_argument("--pages", action="store_true", help="only render the pages again")
+    options = parser.parse_args()
+    if not options.names and not options.pages:
+        parser.error(f"which claim? {', '.join(NAMES)}, or all")
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in NAMES if "all" in options.names else options.names:
+            run(name, options.model, options.out)
+            write_pages(options.out)
+        write_pages(options.out)
+    except MiniloraError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
