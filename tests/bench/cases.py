@@ -111,7 +111,7 @@ CASES = {
             "checkpointing on both sides, 4 × 256",
             4,
             256,
-            (Target("seconds", 0.72, SDPA), MEMORY),
+            (MEMORY,),
             checkpoint=True,
         ),
         Case(

@@ -64,7 +64,7 @@ def targets_table(results: dict[str, Any]) -> str:
         for target in case.targets:
             found = reached(case, results[case.name]["sides"], target)
             if target.against:
-                shown, limit = f"{found:.2f}", f"≤ {target.limit:.2f}"
+                shown, limit = f"{found:.3f}", f"≤ {target.limit:.2f}"
             else:
                 shown, limit = amount(found, target.quantity), f"≤ {amount(target.limit, target.quantity)}"
             if target.goal:
