@@ -54,10 +54,11 @@ class AdamW:
             raise MiniloraError(
                 "the optimiser was given no trained parameter: add an adapter, or unfreeze something first"
             )
-        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+        in_range = 0 <= lr < math.inf and 0 < eps < math.inf and 0 <= weight_decay < math.inf
+        if not in_range or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise MiniloraError(
                 f"optimiser settings lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} are outside "
-                "lr ≥ 0, 0 ≤ beta < 1, eps > 0, weight_decay ≥ 0"
+                "lr ≥ 0, two betas with 0 ≤ beta < 1, eps > 0, weight_decay ≥ 0"
             )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.lr_scale = dict(lr_scale or {})
@@ -168,6 +169,8 @@ def global_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> Array:
 
 def clip_grad_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor], max_norm: float) -> Array:
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)); the global norm before that (Pascanu et al. 2013)."""
+    if not max_norm > 0:
+        raise MiniloraError(f"max_norm is {max_norm}, expected a number above 0, e.g. 1.0")
     parameters = named(parameters)
     norm = global_norm(parameters)
     grads = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]

@@ -119,7 +119,10 @@ def test_zero_grad_forgets_every_gradient():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lr": -1.0}, {"eps": 0.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -0.1}],
+    [
+        *({"lr": -1.0}, {"lr": math.nan}, {"eps": 0.0}, {"eps": math.nan}, {"weight_decay": -0.1}),
+        *({"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"betas": (0.9,)}),
+    ],
 )
 @pytest.mark.parametrize("algorithm", [ml.AdamW, ml.Adam])
 def test_settings_out_of_range_are_named(algorithm, settings):
@@ -250,3 +253,12 @@ def test_moments_follow_their_parameter_to_another_device(device):
         optimiser.step()
     assert all(device_of(moment) == parameter.device for moment in optimiser.moments["0"])
     assert optimiser.steps["0"] == 2
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
+def test_a_norm_that_is_no_limit_is_named_and_turns_no_gradient_round(max_norm):
+    w = parameter([3.0, 4.0])
+    set_gradient(w, [3.0, 4.0])
+    with pytest.raises(MiniloraError, match=r"max_norm is .*, expected a number above 0"):
+        ml.clip_grad_norm([w], max_norm)
+    assert w.grad.tolist() == [3.0, 4.0]

@@ -152,6 +152,10 @@ class Adapters:
         if rows is not None:
             if which is not None:
                 raise MiniloraError("set_adapter takes either an adapter (or weights) or rows=[...], found both")
+            if isinstance(rows, str) or not all(name is None or isinstance(name, str) for name in rows):
+                raise MiniloraError(
+                    f"rows is {rows!r:.80}, expected a list with an adapter's name or None for each row"
+                )
             for name in rows:
                 if name is not None:
                     self.check(name)
@@ -163,6 +167,8 @@ class Adapters:
 
     def weighted(self, which: str | Mapping[str, float]) -> dict[str, float]:
         """{name: weight} of one adapter or a weighted sum; MiniloraError for a name or a weight that cannot be."""
+        if not isinstance(which, str | Mapping):
+            raise MiniloraError(f"found {which!r} for an adapter, expected its name, or {{name: weight}} for several")
         weights = {which: 1.0} if isinstance(which, str) else dict(which)
         for name, weight in weights.items():
             self.check(name)
