@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 from minilora.errors import MiniloraError
@@ -17,14 +16,11 @@ from .page import DOCS, claim, stem, write_pages
 def run(name: str, model: str, out: Path) -> None:
     """Measure one claim; leave NAME.json and NAME.png."""
     module = claim(name)
-    begun = time.monotonic()
     results = module.measure(model)
-    seconds = round(time.monotonic() - begun)
-    found = {"claim": name, "model": model, "seconds": seconds, "results": results}
     module.draw(results, out / f"{stem(name, model)}.png")
-    atomic_write(out / f"{stem(name, model)}.json", json_bytes(found))
+    atomic_write(out / f"{stem(name, model)}.json", json_bytes({"claim": name, "model": model, "results": results}))
     verdict = module.verdict(results)
-    print(f"{name} ({model}, {seconds} s): {verdict.word}: {verdict.why}", flush=True)
+    print(f"{name} ({model}): {verdict.word}: {verdict.why}", flush=True)
 
 
 def main() -> None:

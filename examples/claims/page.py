@@ -70,7 +70,7 @@ def page(name: str, folder: Path) -> str:
             f"**Verdict: it {verdict.word}.** {verdict.why[0].upper()}{verdict.why[1:]}.",
             f"![{title}: the numbers below as a figure]({stem(name, model)}.png)",
             module.rows(results),
-            f"Measured in {found['seconds']:.0f} s by",
+            "Measured by",
             f"    python -m examples.claims {name}{option}",
         ]
     return "\n\n".join(parts) + "\n"
