@@ -179,7 +179,7 @@ def updates_of(listing: Listing) -> list[dict[str, Any]]:
 
 def layer_order(name: str) -> list[tuple[int, str]]:
     """Sorts names by the numbers in them: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in name.split(".")]
 
 
 def print_updates(updates: list[dict[str, Any]]) -> None:

@@ -57,7 +57,7 @@ class Architecture:
         """GGUF's name of the tensor "model.layers.0.self_attn.q_proj.weight"; None where it has none."""
         stem, _, part = name.rpartition(".")
         number, _, inner = stem.removeprefix(self.prefix).partition(".")
-        if stem.startswith(self.prefix) and number.isdigit():
+        if stem.startswith(self.prefix) and number.isdecimal():
             found = next((theirs for theirs, ours in self.block.items() if ours == inner), None)
             return found and f"blk.{number}.{found}.{part}"
         found = next((theirs for theirs, ours in self.top.items() if ours == stem), None)

@@ -10,6 +10,7 @@ Source: mlx_lm/tuner/lora.py, dora.py and utils.py (load_adapters) of https://gi
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,6 @@ def _hugging_face_name(module: str) -> str:
 
 def _number(parameters: Mapping[str, Any], key: str, source: Path, default: float | None = None) -> float:
     value = parameters.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         raise MiniloraError(f"{source}: lora_parameters.{key} is {value!r:.60}, expected a number")
     return float(value)

@@ -53,7 +53,7 @@ def _examples(names: Sequence[str], pattern: str) -> str:
 
 def layer_number(name: str) -> int | None:
     """The block that a module belongs to: the first number in its name ("model.layers.3.mlp.up_proj" -> 3)."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def target_names(

@@ -213,7 +213,7 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def _layer_order(name: str) -> list[tuple[int, str]]:
     """Sorts names by the numbers in them: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in name.split(".")]
 
 
 def by_kind(layers: Iterable[LayerSpectrum]) -> dict[str, dict[int, LayerSpectrum]]:
@@ -221,7 +221,7 @@ def by_kind(layers: Iterable[LayerSpectrum]) -> dict[str, dict[int, LayerSpectru
     found: dict[str, dict[int, LayerSpectrum]] = {}
     for layer in layers:
         parts = layer.module.split(".")
-        blocks = [int(part) for part in parts if part.isdigit()]
-        kind = ".".join(part for part in parts[-2:] if not part.isdigit())
+        blocks = [int(part) for part in parts if part.isdecimal()]
+        kind = ".".join(part for part in parts[-2:] if not part.isdecimal())
         found.setdefault(kind, {})[blocks[0] if blocks else 0] = layer
     return found

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import minilora as ml
+from minilora.cli.inspect import layer_order
 from minilora.lora.statistics import update_norm
 from tests import texts, tiny
 
@@ -150,3 +151,7 @@ def test_an_adapter_s_embeddings_and_what_it_has_whole_are_shown(run, base, tmp_
     assert line.split()[1:5] == ["1", str(texts.VOCABULARY), "×", "24"]
     assert "lora_embedding_A" not in shown  # in the table of layers
     assert "3 layers have a higher rank than their ΔW can have, first model.embed_tokens: at most 24" in shown
+
+
+def test_a_name_with_a_digit_that_is_no_number_is_sorted_too():
+    assert sorted(["a.10", "a.²", "a.2"], key=layer_order) == ["a.²", "a.2", "a.10"]

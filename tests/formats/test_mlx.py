@@ -197,6 +197,7 @@ def written(tmp_path):
         ({"fine_tune_type": "full"}, 'fine_tune_type is "full", expected "lora" or "dora"'),
         ({"lora_parameters": 3}, "lora_parameters is 3, expected rank, scale and dropout"),
         ({"lora_parameters": {"rank": 2}}, "lora_parameters.scale is None, expected a number"),
+        ({"lora_parameters": {"scale": 10**400, "dropout": 0.0}}, "lora_parameters.scale is 1000.*expected a number"),
         ({"lora_parameters": {"scale": 1.0, "dropout": "no"}}, "lora_parameters.dropout is 'no'"),
         ({"fine_tune_type": "dora"}, "q_proj has lora_a .*, lora_b .*; expected lora_a, lora_b, m"),
     ],

@@ -172,6 +172,7 @@ def test_layers_that_are_all_adapted_are_named_by_their_last_part():
         ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\] is -1"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"alpha": "16"}, "alpha is '16'"),
+        ({"alpha": 10**400}, "alpha is 1000"),
         ({"alpha_pattern": {"q_proj": None}}, r"alpha_pattern\['q_proj'\] is None"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"dropout": -0.1}, "dropout is -0.1"),

@@ -636,8 +636,8 @@ NETWORK = [
     ),
     Mutant(
         "models/llama.py",
-        "        return x + self.mlp(self.post_attention_layernorm(x))",
-        "        return x + self.mlp(self.input_layernorm(x))",
+        "self.post_attention_layernorm.residual(x, self.self_attn(normed, context))",
+        "self.input_layernorm.residual(x, self.self_attn(normed, context))",
         "the MLP reads the attention's norm",
         network("every_parameter_moves_the_loss"),
     ),
@@ -720,7 +720,13 @@ TAPE = [
 OPTIMISER = [
     Mutant("optim.py", "v += (1 - beta2) * (g * g)", "v += (1 - beta2) * g", "Adam: g is not squared", OPTIM),
     Mutant("optim.py", "m *= beta1\n", "m *= beta2\n", "Adam: the wrong beta", OPTIM),
-    Mutant("optim.py", "1 / math.sqrt(1 - beta2**t)", "1.0", "Adam: no bias correction of v", OPTIM),
+    Mutant(
+        "optim.py",
+        "denominator *= 1 / math.sqrt(1 - beta2**t)",
+        "denominator *= 1.0",
+        "Adam: no bias correction of v",
+        OPTIM,
+    ),
     Mutant("optim.py", "(lr / (1 - beta1**t))", "lr", "Adam: no bias correction of m", OPTIM),
     Mutant("optim.py", "denominator += self.eps", "denominator += 1e-8", "Adam: a fixed ε", OPTIM),
 ]
@@ -1048,10 +1054,17 @@ KERNELS = [
     ),
     Mutant(
         "models/rope.py",
-        "        if needed > len(self.cos):",
-        "        if not len(self.cos):",
+        "        if length > self.length:",
+        "        if not self.length:",
         "rotary table: not grown for a longer sequence",
-        ("tests/models",),
+        ("tests/models/test_config.py",),
+    ),
+    Mutant(
+        "models/causal_lm.py",
+        "self.rotary.reach(begin + tokens.shape[1] if segments is None else segments.shape[1])",
+        "self.rotary.reach(int(positions.max(initial=0)) + 1)",
+        "rotary table: its length depends on the segments, and a recorded step keeps the shorter one",
+        ("tests/models/test_network.py::test_rotary_tables_reach_as_far_as_the_shape_allows_whatever_the_segments",),
     ),
 ]
 
