@@ -51,10 +51,10 @@ def code(page: Path, file: str, name: str) -> str:
 
 
 def checked(page: Path, *names: str) -> str:
-    """A row for each primitive: errors against its composition and finite differences, and which kernels override it."""
+    """A row for each primitive: its errors against composition and finite differences, and what may override it."""
     record = json.loads((DOCS / "gradients.json").read_text("utf-8"))
     lines = [
-        "| primitive | vjp = composition | vjp = differences | the same on a GPU | float32 | kernels that may stand in |",
+        "| primitive | vjp = composition | vjp = differences | the same, GPU | float32 | kernels that may stand in |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:

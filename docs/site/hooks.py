@@ -1,8 +1,8 @@
 """What the site needs besides Markdown: formulas as MathML, and links into the repository's source as pages.
 
-Formulas are written `$...$` and `$$...$$`, as GitHub shows them; arithmatex finds them, and latex2mathml makes them what a
-browser draws by itself, without a script or a font. A link from a page to a file outside docs/ leads, in the site, to a
-page with that file's text (of a folder: with its list of files), so that the site is whole without a network.
+Formulas are written `$...$` and `$$...$$`, as GitHub shows them; arithmatex finds them, and latex2mathml makes them
+what a browser draws by itself, without a script or a font. A link from a page to a file outside docs/ leads, in the
+site, to a page with that file's text (of a folder: its list of files), so that the site is whole without a network.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ LINK = re.compile(r"\]\((\.\.?/[^)\s#]+)(#[^)\s]*)?\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 LANGUAGES = {".py": "python", ".cu": "cuda", ".toml": "toml", ".md": "markdown", ".json": "json", ".jsonl": "json"}
 LARGEST = 200_000  # bytes of a file that is shown
+
+
+def on_config(config: Any) -> Any:
+    """Give what was measured a section of its own: the pages that are there."""
+    pages = [path for path in [DOCS / "performance.md", *sorted((DOCS / "claims").glob("*.md"))] if path.exists()]
+    config.nav.append({"Measured": [path.relative_to(DOCS).as_posix() for path in pages]})
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -50,8 +57,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(replaced, markdown)
 
 
-def on_page_content(content: str, **_: Any) -> str:
-    """Formulas as MathML."""
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """Formulas as MathML; and no table of contents as long as the page, where the headings are error messages."""
+    if page.file.src_uri == "troubleshooting.md":
+        for section in page.toc:
+            for entry in section.children:
+                entry.children = []
 
     def drawn(match: re.Match[str]) -> str:
         block = match[1] == "div"

@@ -37,7 +37,9 @@ def blocks(page: str, text: str) -> list[Block]:
     found = []
     for number, fence in enumerate(fences):
         following = fences[number + 1] if number + 1 < len(fences) else None
-        adjacent = following is not None and following[2] == "text" and not text[fence.end() : following.start()].strip()
+        adjacent = (
+            following is not None and following[2] == "text" and not text[fence.end() : following.start()].strip()
+        )
         reason = NOT_RUN.search(text[: fence.start()])
         line = text.count("\n", 0, fence.start()) + 1
         printed = following[3] if adjacent and following is not None else None

@@ -1,15 +1,15 @@
 """The code in the README and in docs/ runs, and prints what the page says.
 
-A page's blocks are run from top to bottom in one folder and, for Python, one namespace. What stands in a `text` block right
-behind a Python block is what it has to print. So that it takes seconds, the code runs in a small world:
+A page's blocks are run from top to bottom in one folder and, for Python, one namespace. What stands in a `text` block
+right behind a Python block is what it has to print. So that it takes seconds, the code runs in a small world:
 
 - `smollm2` is a tiny random Llama that reads bytes, in a folder of that name;
-- `examples/dates` has a few of its rows; `rows.jsonl`, `documents.txt` and the adapters `runs/law` and `runs/code` are there;
-- `--steps N` and `steps=N` take two steps, and `--rank` ... stay as they are;
+- `examples/dates` has a few of its rows; `rows.jsonl` and the adapters `runs/law` and `runs/code` are there;
+- `--steps N` and `steps=N` take two steps; all other options stay as they are;
 - lines that install things are left out: the tests run in what they would make.
 
-A block that cannot be run here stands behind a comment `<!-- not run: the reason -->`. Pages that another test runs are named
-in ELSEWHERE.
+A block that cannot be run here stands behind a comment `<!-- not run: the reason -->`. Pages that another test runs
+are named in ELSEWHERE.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ ELSEWHERE = {  # (page, language) -> the test that runs it
     ("docs/guides/vllm.md", "sh"): "tests/parity/test_guides.py",
 }
 INSTALLING = ("python3 -m venv", ". .venv", "pip install", "python -m pytest")
-NEEDS_A_SHELL = re.compile(r"[|<>$;&]|^\s*(for|done|cat|printf|head|python)\b", re.M)
+NEEDS_A_SHELL = re.compile(r"[|<>$;&]|^\s*(?!minilora )\w", re.M)
+LOOP = re.compile(r"^for (\w+) in ([^;]+); do\n(.*?)^done$", re.M | re.S)
+ESCAPED = re.compile(r"\$'((?:[^'\\]|\\.)*)'")  # $'a\n' as bash reads it
+HIDDEN = re.compile(r"^ {4}(?:minilora \w+ .*|import \w+.*|model\.\w+\(.*|python (?!-m (?:tests|examples)\b).*)$", re.M)
 SECONDS = 120
 ROWS = 12  # of examples/dates
 
@@ -67,6 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_adapter(name, folder / "runs" / name)
         model.delete_adapter(name)
     model.save(folder / "smollm2")
+    (folder / "docs").mkdir()  # where a page's command draws its picture
     (folder / "examples" / "dates").mkdir(parents=True)
     for split in ("train", "valid", "test"):
         rows = (ROOT / "examples" / "dates" / f"{split}.jsonl").read_text("utf-8").splitlines(keepends=True)
@@ -102,10 +106,16 @@ def run_python(block: Block, namespace: dict[str, object]) -> None:
         assert printed.getvalue() == block.printed, f"{block} prints something else than the page says"
 
 
+def unescaped(quoted: re.Match[str]) -> str:
+    return shlex.quote(quoted[1].encode().decode("unicode_escape"))
+
+
 def commands(text: str) -> list[str]:
-    """The lines of a shell block, those joined that end in a backslash, less what installs things."""
-    lines = re.sub(r"\\\n\s*", "", text).splitlines()
-    return [line for line in lines if line.strip() and not line.startswith((*INSTALLING, "#"))]
+    """The lines of a shell block, joined where they end in a backslash, loops written out; none that installs."""
+    text = re.sub(r"\\\n\s*", "", text)
+    text = LOOP.sub(lambda loop: "".join(loop[3].replace(f"${loop[1]}", value) for value in loop[2].split()), text)
+    lines = [ESCAPED.sub(unescaped, line.strip()) for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith((*INSTALLING, "#"))]
 
 
 def run_shell(block: Block, folder: Path) -> None:
@@ -120,8 +130,8 @@ def run_shell(block: Block, folder: Path) -> None:
                 raise result.exception
             assert result.exit_code == 0, f"{block}: {line}\n{result.stderr}"
         return
-    script = f"set -eu\nminilora() {{ {shlex.quote(sys.executable)} -m minilora \"$@\"; }}\n"
-    script += f"python() {{ {shlex.quote(sys.executable)} \"$@\"; }}\n" + "\n".join(lines)
+    script = f'set -eu\nminilora() {{ {shlex.quote(sys.executable)} -m minilora "$@"; }}\n'
+    script += f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\n' + "\n".join(lines)
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=folder,
@@ -158,10 +168,10 @@ def test_few_blocks_are_not_run():
 
 
 def test_no_command_or_python_hides_in_an_indented_block():
-    """An indented block is not run, so it holds formulas and layouts only."""
+    """An indented block is not run, so it holds formulas, layouts, and what measures for minutes."""
     for page, path in BY_NAME.items():
         text = re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.M | re.S)
-        found = re.findall(r"^ {4}(?:minilora \w+ .*|import \w+.*|model\.\w+\(.*|python .*)$", text, re.M)
+        found = HIDDEN.findall(text)
         assert not found, f"{page}: {found[0].strip()}: put it into a fenced block"
 
 

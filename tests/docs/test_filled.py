@@ -1,4 +1,4 @@
-"""What the book takes from the source and from measurements is what is there now: else run `python docs/site/fill.py`."""
+"""What the book takes from the source and from measurements is there as it is now: `docs/site/fill.py` writes it."""
 
 import importlib.util
 import re
