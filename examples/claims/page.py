@@ -90,9 +90,9 @@ def index(folder: Path, place: Path) -> str:
 
 
 def write_pages(folder: Path) -> None:
-    """All pages in the folder; the list stands in the README of this folder, or with pages that are elsewhere."""
+    """All pages in the folder and the list of them; with the pages of docs/ the list stands in README.md here, too."""
     for name in NAMES:
         if measured(name, folder):
             atomic_write(folder / f"{name}.md", page(name, folder).encode())
-    place = (HERE if folder.resolve() == DOCS else folder) / "README.md"
-    atomic_write(place, index(folder, place).encode())
+    for place in [folder / "index.md", *([HERE / "README.md"] if folder.resolve() == DOCS else [])]:
+        atomic_write(place, index(folder, place).encode())
