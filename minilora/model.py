@@ -273,7 +273,9 @@ class Model:
     def recording_key(self) -> tuple[Hashable, ...]:
         """What the launches of a pass depend on besides its batch: the selection, checkpointing, and the tensors."""
         selection = self._adapters.selection
-        return selection.weights, selection.rows, self.checkpoint, self._changes
+        adapters = [tensor for name in self.active_adapters for tensor in self._adapters.parameters(name).values()]
+        addresses = tuple(tensor.data.data.ptr for tensor in adapters)
+        return selection.weights, selection.rows, self.checkpoint, self._changes, addresses
 
     def is_settled(self) -> bool:
         """Whether a pass would find all that is kept from pass to pass: what it makes anew is not to be recorded."""
@@ -505,6 +507,7 @@ class Model:
         They become writable copies in float32 (float64 in a float64 model). A pattern without a match is a
         MiniloraError.
         """
+        self._must_not_be_merged("unfreeze parameters")
         names = dict(self.network.named_parameters())
         chosen = selected(list(names), pattern, "unfreeze", "parameter")
         for name in chosen:

@@ -8,6 +8,7 @@ rounding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial, reduce
 from operator import add
@@ -21,6 +22,8 @@ from .models.causal_lm import IGNORED, NO_LABEL, Batch
 from .optim import AdamW, clip_grad_norm, global_norm
 
 LABEL_BUCKETS = 16  # a recorded step takes the number of labelled positions as a multiple of a 16th of all positions
+# What is recorded and what is not wait for one another through the default stream that CuPy's threads share.
+ONE_DEFAULT_STREAM = os.environ.get("CUPY_CUDA_PER_THREAD_DEFAULT_STREAM", "0") == "0"
 LENGTH_BUCKET = 64  # and its rows at a length that is a multiple of this: few recordings serve all lengths
 
 
@@ -98,6 +101,8 @@ class TrainStep:
             raise MiniloraError(NO_LABEL)
         for optimiser in self.optimisers.values():
             optimiser.zero_grad()
+        for parameter in self.model.parameters().values():  # also what no optimiser was given: it must not add up
+            parameter.grad = None
         labelled = [batch for batch, count in zip(given, counts, strict=True) if count]
         losses = self._passes(labelled, total)
         self._forget_gradients_of_nothing(given, losses)
@@ -106,7 +111,7 @@ class TrainStep:
 
     def _passes(self, batches: Sequence[MicroBatch], total: Any) -> dict[str, Array]:
         """Forward and backward of all micro-batches, launch by launch or as one recording; the losses by adapter."""
-        recorded = self.model.device != "cpu" and all(map(self._can_be_recorded, batches))
+        recorded = self.model.device != "cpu" and ONE_DEFAULT_STREAM and all(map(self._can_be_recorded, batches))
         prepared = []
         for batch in batches:
             self._select(batch)
@@ -123,7 +128,13 @@ class TrainStep:
         for batch, inputs in zip(batches, prepared, strict=True):
             self._select(batch)
             parts = self.model.losses_of(inputs)
-            reduce(add, parts.values()).backward()
+            loss = reduce(add, parts.values())
+            if not loss.requires_grad:
+                raise MiniloraError(
+                    "nothing that is trained takes part in the loss: select an adapter with set_adapter, or unfreeze "
+                    "something"
+                )
+            loss.backward()
             for name, part in parts.items():
                 losses[name] = losses[name] + part.data if name in losses else part.data
         return losses

@@ -72,6 +72,11 @@ class Merge:
         roundings: dict[str, Rounding] = {}
         names = list(changes)
 
+        if trained := [name for name in names if bases[name].requires_grad]:
+            raise MiniloraError(
+                f"{trained[0]} is trained itself, and merging would replace it: merge into a model that is frozen"
+            )
+
         def compute(start: int, stop: int) -> None:
             for name in names[start:stop]:
                 merged[name], lost = _replaced(bases[name], changes[name], name, quantised == "requantise")
@@ -149,7 +154,7 @@ def _replaced(base: Tensor, change: Change, name: str, requantise: bool) -> tupl
     if not bool(array_module(values).isfinite(values).all()):
         kind = held if isinstance(held, CompressedWeight) and requantise else stored.dtype
         raise MiniloraError(f"merging would put a non-finite value into {name} ({kind}): nothing was merged")
-    return Tensor(result, requires_grad=base.requires_grad), lost
+    return Tensor(result), lost
 
 
 def _norm(matrix: Array) -> float:

@@ -143,6 +143,8 @@ class CausalLM(Module):
                 weights = [layer.weight for layer in group]
                 if any(isinstance(weight.data, ops.CompressedWeight) or weight.trained for weight in weights):
                     continue
+                if len({weight.dtype for weight in weights}) > 1:
+                    continue
                 whole = array_module(weights[0].data).concatenate([weight.data for weight in weights])
                 start = 0
                 for weight in weights:

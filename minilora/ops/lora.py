@@ -55,13 +55,8 @@ def lora_linear(
     return y.reshape(*shape_x[:-1], weight.shape[0]), vjp
 
 
-@primitive
-def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
-    """y_i = x W_iᵀ + b_i + s_i · (x A_iᵀ) B_iᵀ for layers that read the same x (q, k and v; gate and up).
-
-    layers: W, b (or None), A, B of each layer in turn, A and B None for a layer without an adapter; scales: s of each.
-    Shapes and gradients as in `lora_linear`; dx is the sum over the layers.
-    """
+def one_after_another(each: Any, x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
+    """`lora_linears` a layer at a time; each: `lora_linear`'s definition, or what stands in for it."""
     parts = []
     for index, scale in enumerate(scales):
         weight, bias, lora_A, lora_B = layers[4 * index : 4 * index + 4]
@@ -69,7 +64,7 @@ def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple
         if lora_A is None:
             parts.append(linear.definition(x, weight, bias, needs=(needs[0], False, mine[2])))
         else:
-            parts.append(lora_linear.definition(x, weight, bias, lora_A, lora_B, scale=scale, needs=mine))
+            parts.append(each(x, weight, bias, lora_A, lora_B, scale=scale, needs=mine))
 
     def vjp(*dys):
         dx, grads = None, []
@@ -81,6 +76,16 @@ def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple
         return dx, *grads
 
     return tuple(y for y, _ in parts), vjp
+
+
+@primitive
+def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
+    """y_i = x W_iᵀ + b_i + s_i · (x A_iᵀ) B_iᵀ for layers that read the same x (q, k and v; gate and up).
+
+    layers: W, b (or None), A, B of each layer in turn, A and B None for a layer without an adapter; scales: s of each.
+    Shapes and gradients as in `lora_linear`; dx is the sum over the layers.
+    """
+    return one_after_another(lora_linear.definition, x, *layers, scales=scales, needs=needs)
 
 
 @primitive

@@ -100,5 +100,5 @@ def add_rms_norm(x: Array, delta: Array | None, weight: Array, *, eps: float, ne
 def add_layer_norm(
     x: Array, delta: Array | None, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, bool, bool, bool]
 ):
-    """s = x + delta (x for None) and y = layer_norm(s); shapes and gradients as in `add_rms_norm`, db as in layer_norm."""
+    """s = x + delta (x for None) and y = layer_norm(s); shapes and gradients as in `add_rms_norm` and `layer_norm`."""
     return _with_residual(layer_norm, x, delta, (weight, bias), eps, needs)

@@ -19,8 +19,8 @@ def rotary(x: Array, *, cos: Array, sin: Array):
     """y = x with each pair turned by its position's angle;  dx = dy turned back, since a rotation's transpose is its
     inverse.
 
-    x, y (B, T, H, d); cos, sin (B or 1, T, 1, d/2) in x's dtype or a wider one. Pairs are (i, i + d/2), as Hugging Face lays them out
-    (Su et al. 2021, "RoFormer", equation 34).
+    x, y (B, T, H, d); cos, sin (B or 1, T, 1, d/2) in x's dtype or a wider one. Pairs are (i, i + d/2), as Hugging Face
+    lays them out (Su et al. 2021, "RoFormer", equation 34).
     """
 
     def vjp(dy):

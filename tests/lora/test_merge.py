@@ -49,16 +49,6 @@ def test_a_merged_weight_is_the_exact_sum_rounded_once(model):
             assert (merged != exact.astype(np.float32).astype(weight.dtype)).mean() < 0.01  # ties, in float32
 
 
-def test_weights_that_are_trained_stay_trained_when_an_adapter_is_merged_into_them(model):
-    names = model.unfreeze(["q_proj.weight", "norm.weight"])
-    model.merge_adapter("a")
-    assert list(model.parameters()) == names
-    model.loss(tiny.tokens()).backward()
-    assert all(parameter.grad is not None for parameter in model.parameters().values())
-    model.unmerge_adapter()
-    assert list(model.parameters()) == names
-
-
 def test_merging_deselects_and_a_forward_pass_is_that_of_a_plain_base(model):
     adapted = model.logits(tiny.tokens())
     model.merge_adapter("a")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import cupy
@@ -78,7 +78,7 @@ def compute_type(dtype: np.dtype) -> int:
     return COMPUTE_32F_FAST_TF32 if fast else COMPUTE_32F
 
 
-@cache
+@lru_cache(maxsize=256)
 def constant(value: float, double: bool) -> Any:
     """alpha or beta where cuBLAS reads it: on the host, in the dtype of the accumulation."""
     return ctypes.byref(ctypes.c_double(value) if double else ctypes.c_float(value))

@@ -16,6 +16,7 @@ import numpy as np
 from ... import ops
 from ...backend import Array
 from ...ops.linalg import rows
+from ...ops.lora import one_after_another
 from .gemm import gemm
 from .lists import narrowed, narrowed_stack
 from .memory import keep
@@ -95,7 +96,7 @@ def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple
     used = {scale for A, scale in zip(layers[2::4], scales, strict=True) if A is not None}
     W = one_under_the_other(weights)
     if W is None or len(used) != 1:
-        return one_after_another(x, *layers, scales=scales, needs=needs)
+        return one_after_another(lora_linear, x, *layers, scales=scales, needs=needs)
     (scale,) = used
     shape_x, tokens, dtype = x.shape, rows(x), x.dtype
     As, Bs = ([factor for factor in layers[place::4] if factor is not None] for place in (2, 3))
@@ -173,7 +174,7 @@ def side_by_side(parts: Sequence[Array]) -> Array | None:
         return cupy.ndarray((len(first), total), first.dtype, first.data)
     if len(first) * total > JOIN_BELOW:
         return None
-    if len(parts) > 3 or not fits(*(part.reshape(-1, width) for part, width in zip(parts, widths, strict=True))):
+    if len(parts) > 3 or not fits(*parts):
         return cupy.concatenate(parts, axis=1)
     joined = cupy.empty((len(first), total), first.dtype)
     three = [*parts, *(parts[-1],) * (3 - len(parts))]
@@ -191,29 +192,6 @@ def product_of_parts(parts: Sequence[Array], matrix: Array, alpha: float = 1.0) 
         start = stop
     assert result is not None
     return result
-
-
-def one_after_another(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
-    """Layers whose W lie apart, or whose scales differ: each with its own products, dx added up by them."""
-    parts = []
-    for index, scale in enumerate(scales):
-        weight, bias, lora_A, lora_B = layers[4 * index : 4 * index + 4]
-        mine = (needs[0], *needs[4 * index + 1 : 4 * index + 5])
-        if lora_A is None:
-            parts.append(ops.linear.definition(x, weight, bias, needs=(needs[0], False, mine[2])))
-        else:
-            parts.append(lora_linear(x, weight, bias, lora_A, lora_B, scale=scale, needs=mine))
-
-    def vjp(*dys):
-        dx, gradients = None, []
-        for (_, layer_vjp), dy in zip(parts, dys, strict=True):
-            mine, *rest = layer_vjp(dy)
-            if needs[0]:
-                dx = mine if dx is None else dx + mine
-            gradients += [*rest, None, None][:4]
-        return dx, *gradients
-
-    return tuple(y for y, _ in parts), vjp
 
 
 def own_rows(array: Array, part: slice) -> Array:

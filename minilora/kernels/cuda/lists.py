@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -47,25 +47,25 @@ class Tables:
 
     def of(self, arrays: Sequence[Array]) -> Lists:
         key = (arrays[0].device.id, *(array.size for array in arrays))
-        if key not in self.lists:
-            self.lists[key] = Lists(key[1:])
-        return self.lists[key]
+        return self._kept(self.lists, key, lambda: Lists(key[1:]))
 
     def at(self, arrays: Sequence[Array]) -> Array:
         """The arrays' addresses, on the device."""
         key = (arrays[0].device.id, *(array.data.ptr for array in arrays))
-        if key not in self.addresses:
-            while len(self.addresses) >= self.MOST:
-                del self.addresses[next(iter(self.addresses))]
-            self.addresses[key] = cupy.asarray(np.array(key[1:], np.uint64))
-        return self.addresses[key]
+        return self._kept(self.addresses, key, lambda: cupy.asarray(np.array(key[1:], np.uint64)))
 
     def rows(self, arrays: Sequence[Array]) -> Array:
         """Each array's width and its distance from row to row, on the device."""
         key = (arrays[0].device.id, *(row_layout(array) for array in arrays))
-        if key not in self.layouts:
-            self.layouts[key] = cupy.asarray(np.array(key[1:], np.int32).reshape(-1, 2))
-        return self.layouts[key]
+        return self._kept(self.layouts, key, lambda: cupy.asarray(np.array(key[1:], np.int32).reshape(-1, 2)))
+
+    def _kept(self, held: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+        """held[key], made where it is missing; the oldest of MOST makes room."""
+        if key not in held:
+            while len(held) >= self.MOST:
+                del held[next(iter(held))]
+            held[key] = make()
+        return held[key]
 
 
 _tables = Tables()
