@@ -177,6 +177,7 @@ def clip_grad_norm(parameters: Mapping[str, Tensor] | Iterable[Tensor], max_norm
     if together := all_at_once(grads):
         together.clip(grads, norm, max_norm)
         return norm
+    del grads  # or every old gradient would live until the last is clipped
     factor = array_module(norm).minimum(1.0, max_norm / (norm + 1e-6))
     for parameter in parameters.values():
         if parameter.grad is not None:
