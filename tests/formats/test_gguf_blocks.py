@@ -266,28 +266,6 @@ def test_a_model_in_blocks_that_cannot_move_is_left_whole(path, monkeypatch):
     assert moved == []
 
 
-def test_a_model_in_blocks_that_cannot_move_is_left_whole(path, monkeypatch):
-    model = ml.load_model(path, dtype="stored")
-    embedding = model.network.model.embed_tokens.weight
-    embedding.data = embedding.data.dense()  # comes before the first matrix in blocks
-    moved = []
-    monkeypatch.setattr("minilora.model.to_device", lambda array, device: moved.append(array) or array)
-    with pytest.raises(MiniloraError, match="stays on the device that it was loaded to"):
-        model.to("cpu")
-    assert moved == []
-
-
-def test_a_model_in_blocks_that_cannot_move_is_left_whole(path, monkeypatch):
-    model = ml.load_model(path, dtype="stored")
-    embedding = model.network.model.embed_tokens.weight
-    embedding.data = embedding.data.dense()  # comes before the first matrix in blocks
-    moved = []
-    monkeypatch.setattr("minilora.model.to_device", lambda array, device: moved.append(array) or array)
-    with pytest.raises(MiniloraError, match="stays on the device that it was loaded to"):
-        model.to("cpu")
-    assert moved == []
-
-
 def test_blocks_are_not_trained(path):
     with pytest.raises(MiniloraError, match=r"q_proj.weight is stored compressed and cannot be trained"):
         ml.load_model(path, dtype="stored").unfreeze(["q_proj.weight"])

@@ -97,17 +97,3 @@ def test_a_scale_of_zero_is_nobody_s_common_one():
     assert most_common([0.0, 0.0, 2.0]) == 2.0
     assert most_common([0.0]) == 1.0
     assert not delta(update(scale=0.0).scaled_to(2.0)).any()
-
-
-def test_a_scale_of_zero_is_nobody_s_common_one():
-    """Else an update of another scale could not be said, and llama.cpp would take alpha = 0 for a factor of 1."""
-    assert most_common([0.0, 0.0, 2.0]) == 2.0
-    assert most_common([0.0]) == 1.0
-    assert not delta(update(scale=0.0).scaled_to(2.0)).any()
-
-
-def test_a_scale_of_zero_is_nobody_s_common_one():
-    """Else an update of another scale could not be said, and llama.cpp would take alpha = 0 for a factor of 1."""
-    assert most_common([0.0, 0.0, 2.0]) == 2.0
-    assert most_common([0.0]) == 1.0
-    assert not delta(update(scale=0.0).scaled_to(2.0)).any()

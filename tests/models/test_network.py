@@ -74,26 +74,6 @@ def test_rotary_tables_reach_as_far_as_the_shape_allows_whatever_the_segments(mo
     assert lengths[0] == lengths[1] >= 24
 
 
-def test_rotary_tables_reach_as_far_as_the_shape_allows_whatever_the_segments(model):
-    """A recorded step reads the table that it was recorded with, also where a later batch has longer segments."""
-    lengths = []
-    for sizes in ([4] * 6, [24]):
-        segments = np.repeat(np.arange(1, len(sizes) + 1), sizes)[None]
-        model.network.batch(np.zeros((1, 24), int), segments)
-        lengths.append(model.network.rotary.length)
-    assert lengths[0] == lengths[1] >= 24
-
-
-def test_rotary_tables_reach_as_far_as_the_shape_allows_whatever_the_segments(model):
-    """A recorded step reads the table that it was recorded with, also where a later batch has longer segments."""
-    lengths = []
-    for sizes in ([4] * 6, [24]):
-        segments = np.repeat(np.arange(1, len(sizes) + 1), sizes)[None]
-        model.network.batch(np.zeros((1, 24), int), segments)
-        lengths.append(model.network.rotary.length)
-    assert lengths[0] == lengths[1] >= 24
-
-
 def test_packed_segments_have_the_logits_of_separate_sequences(model):
     lengths = (4, 1, 6)
     sequences = [tiny.tokens(1, length, seed=length) for length in lengths]
