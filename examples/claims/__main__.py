@@ -10,7 +10,7 @@ from minilora.errors import MiniloraError
 from minilora.files import atomic_write, json_bytes
 
 from . import NAMES
-from .page import DOCS, claim, stem, write_pages
+from .page import DOCS, claim, measured, stem, write_pages
 
 
 def run(name: str, model: str, out: Path) -> None:
@@ -23,20 +23,29 @@ def run(name: str, model: str, out: Path) -> None:
     print(f"{name} ({model}): {verdict.word}: {verdict.why}", flush=True)
 
 
+def draw_again(out: Path) -> None:
+    """The figure of all numbers in the folder."""
+    for name in NAMES:
+        for found in measured(name, out):
+            claim(name).draw(found["results"], out / f"{stem(name, found['model'])}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.claims", description="Measure the claims about LoRA.")
     parser.add_argument("names", nargs="*", choices=[*NAMES, "all", []], help="which claims", metavar="NAME")
     parser.add_argument("--model", default="mini", help="a model's name or path (default: mini)")
     parser.add_argument("--out", type=Path, default=DOCS, help="the folder for numbers, figures and pages")
-    parser.add_argument("--pages", action="store_true", help="only render the pages again")
+    parser.add_argument("--render", action="store_true", help="figures and pages again, from the numbers there")
     options = parser.parse_args()
-    if not options.names and not options.pages:
+    if not options.names and not options.render:
         parser.error(f"which claim? {', '.join(NAMES)}, or all")
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         for name in NAMES if "all" in options.names else options.names:
             run(name, options.model, options.out)
             write_pages(options.out)
+        if options.render:
+            draw_again(options.out)
         write_pages(options.out)
     except MiniloraError as error:
         sys.exit(f"error: {error}")

@@ -137,6 +137,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     points = [(float(rate), value) for rate, value in reference.items() if math.isfinite(value)]
     second.plot(*zip(*points, strict=True), "^--", color=COLOURS[6], markersize=4, label=f"rank {REFERENCE}, all three")
     first.set(xscale="log", yscale="log")
+    first.minorticks_off()
     first.set_xticks([int(rank) for rank in movement], list(movement))
-    second.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="loss on other dates (nats)")
+    second.set(xscale="log", xlabel="learning rate", ylabel="loss on other dates (nats)")
     save(figure, path)

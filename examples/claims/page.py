@@ -26,7 +26,7 @@ On so small a model a claim about large ones may fail: then it says so. Each tak
     python -m examples.claims rank_sweep                  # one of them: docs/claims/rank_sweep.json, .png and .md
     python -m examples.claims all
     python -m examples.claims memory --model smollm2      # memory, latency, swapping are quick on a real model, too
-    python -m examples.claims --pages                     # the pages again, from the numbers that are there
+    python -m examples.claims --render                    # figures and pages again, from the numbers that are there
 """
 
 
