@@ -12,6 +12,7 @@ import inspect
 import json
 import platform
 import re
+import runpy
 import subprocess
 import sys
 from collections import defaultdict
@@ -170,6 +171,12 @@ each. A model of your own is checked by `minilora gradcheck --model M [--adapter
 """
 
 
+def write_pages(records: dict[str, Any]) -> None:
+    """docs/gradients.md, and the tables of the book that are taken from the same record."""
+    PAGE.write_text(render(records), "utf-8")
+    runpy.run_path(str(ROOT / "docs" / "site" / "fill.py"), run_name="__main__")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.cases.report", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -178,13 +185,13 @@ def main() -> None:
     options = parser.parse_args()
     records = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
     if options.render:
-        PAGE.write_text(render(records), "utf-8")
+        write_pages(records)
         return
     kind = options.device.partition(":")[0]
     records[kind] = measure(options.device, options.examples) | {"suite": "running"}
     for _ in range(2):  # first without the suite's result, since one of its tests compares the page with the record
         RECORD.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", "utf-8")
-        PAGE.write_text(render(records), "utf-8")
+        write_pages(records)
         if records[kind]["suite"] == "running":
             records[kind]["suite"] = run_suite(options.device)
 

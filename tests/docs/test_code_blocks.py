@@ -46,6 +46,7 @@ ELSEWHERE = {  # (page, language) -> the test that runs it
     ("docs/guides/ollama.md", "sh"): "tests/parity/test_guides.py",
     ("docs/guides/vllm.md", "sh"): "tests/parity/test_guides.py",
 }
+NEEDED = {"docs/guides/peft.md": ("torch", "transformers", "peft")}  # packages of the extra `parity`
 INSTALLING = ("python3 -m venv", ". .venv", "pip install", "python -m pytest")
 NEEDS_A_SHELL = re.compile(r"[|<>$;&]|^\s*(?!minilora )\w", re.M)
 LOOP = re.compile(r"^for (\w+) in ([^;]+); do\n(.*?)^done$", re.M | re.S)
@@ -145,6 +146,8 @@ def run_shell(block: Block, folder: Path) -> None:
 
 @pytest.mark.parametrize("page", sorted({block.page for block in RUNNABLE}))
 def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page, folder):
+    for package in NEEDED.get(page, ()):
+        pytest.importorskip(package, reason="the page is about PEFT (pip install 'minilora[parity]')")
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in (block for block in RUNNABLE if block.page == page):
         if block.language == "python":
