@@ -3,6 +3,7 @@
 What stands between `<!-- filled: KIND ARGUMENTS -->` and `<!-- end -->` in a page is written by this script:
 
     code FILE NAME          the function or class of minilora/FILE, less its docstring (the page has the derivation)
+    commands                the commands of `minilora`, each with the first sentence of its help
     checked NAME ...        of these primitives: the worst errors that docs/gradients.json records, and their kernels
 
 tests/docs/test_filled.py fails where a page is out of date.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent.parent
 PACKAGE = DOCS.parent / "minilora"
-MARKED = re.compile(r"<!-- filled: (\w+) ([^>]*?) -->\n.*?<!-- end -->", re.S)
+MARKED = re.compile(r"<!-- filled: (\w+)([^>]*?) -->\n.*?<!-- end -->", re.S)
 KERNEL = re.compile(r"^@ops\.(\w+)\.kernel\(\"(cpu|cuda)\"", re.M)
 
 
@@ -28,8 +29,8 @@ def filled(text: str, page: Path) -> str:
 
     def part(match: re.Match[str]) -> str:
         kind, arguments = match[1], match[2].split()
-        content = {"code": code, "checked": checked}[kind](page, *arguments)
-        return f"<!-- filled: {kind} {match[2]} -->\n{content}\n<!-- end -->"
+        content = {"code": code, "checked": checked, "commands": commands}[kind](page, *arguments)
+        return f"<!-- filled: {kind}{match[2]} -->\n{content}\n<!-- end -->"
 
     return MARKED.sub(part, text)
 
@@ -67,6 +68,17 @@ def checked(page: Path, *names: str) -> str:
         ]
         overrides = [f"[{device}: `{file}`]({link(page, PACKAGE / file)})" for file, device in kernels().get(name, [])]
         lines.append(f"| `{name}` | {' | '.join(cells)} | {'<br>'.join(overrides) or '–'} |")
+    return "\n".join(lines)
+
+
+def commands(page: Path) -> str:
+    """A row for each command, from the table in cli/__init__.py."""
+    path = PACKAGE / "cli" / "__init__.py"
+    assigned = (node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.Assign))
+    table = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "COMMANDS")
+    lines = ["| command | what it does |", "| --- | --- |"]
+    for name, summary in ast.literal_eval(table).items():
+        lines.append(f"| [`{name}`]({link(page, path.with_name(f'{name}.py'))}) | {summary} |")
     return "\n".join(lines)
 
 
