@@ -139,6 +139,10 @@ def test_the_same_seed_trains_the_same_model_and_another_seed_another(base):
     rows = common.dates(common.load(base)).train[:16]
     losses = [common.loss(common.trained(base, ml.LoraConfig(r=2), rows, 1e-2, 3, 4, seed), rows) for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
+    starts = [common.trained(base, ml.LoraConfig(r=2), rows, 1e-2, 0, seed=seed).parameters() for seed in (0, 0, 1)]
+    key = next(key for key in starts[0] if "lora_A" in key)
+    assert np.array_equal(starts[0][key].data, starts[1][key].data)
+    assert not np.array_equal(starts[0][key].data, starts[2][key].data)
 
 
 def test_no_row_is_in_two_parts_of_a_task(base):
