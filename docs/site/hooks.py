@@ -25,9 +25,10 @@ LARGEST = 200_000  # bytes of a file that is shown
 
 
 def on_config(config: Any) -> Any:
-    """Give what was measured a section of its own: the pages that are there."""
-    pages = [path for path in [DOCS / "performance.md", *sorted((DOCS / "claims").glob("*.md"))] if path.exists()]
-    config.nav.append({"Measured": [path.relative_to(DOCS).as_posix() for path in pages]})
+    """Leave claims that are not measured yet out of the navigation: measuring one writes its page."""
+    for section in config.nav:
+        for title, pages in section.items():
+            section[title] = [page for page in pages if not page.startswith("claims/") or (DOCS / page).exists()]
     return config
 
 
@@ -67,6 +68,8 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
     def drawn(match: re.Match[str]) -> str:
         block = match[1] == "div"
         mathml = convert(html.unescape(match[3]).strip(), display="block" if block else "inline")
+        for bar in ("&#x02016;", "&#x0007C;"):  # of a norm: as tall as its neighbours, on both sides
+            mathml = mathml.replace(f"<mo>{bar}</mo>", f'<mo stretchy="false">{bar}</mo>')
         return f'<div class="formula">{mathml}</div>' if block else mathml
 
     return FORMULA.sub(drawn, content)

@@ -79,7 +79,7 @@ def test_every_link_within_the_repository_leads_somewhere():
     reason="the site's builder is not installed (pip install 'minilora[docs]')",
 )
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
-    command = ["build", "--strict", "-q", "-f", "docs/site/mkdocs.yml", "-d", str(tmp_path)]
+    command = ["build", "--strict", "-f", "docs/site/mkdocs.yml", "-d", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", *command], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
