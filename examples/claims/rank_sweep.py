@@ -103,7 +103,7 @@ def rows(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    figure = Figure("rank", "loss on dates that were not trained on (nats)")
+    figure = Figure("rank", "loss on other dates (nats)")
     axis = figure.axis
     lora = [run for run in results["runs"] if run["rank"] is not None]
     (full,) = [run for run in results["runs"] if run["rank"] is None]

@@ -93,7 +93,7 @@ def rows(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    figure = Figure("loss on dates that were not trained on (nats)", "")
+    figure = Figure("loss on other dates (nats)", "")
     axis = figure.axis
     runs = results["runs"][::-1]
     for place, run in enumerate(runs):
