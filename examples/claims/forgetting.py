@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import minilora as ml
 
 from .common import FULL, Verdict, Way, dates, general_text, load, loss, median, table, trained
@@ -92,9 +94,25 @@ def rows(results: dict[str, Any]) -> str:
         english = median(point["english"] for point in points)
         task = median(point["task"] for point in points)
         lines.append([name, rates, f"{task:.3f}", f"{english:.3f}", perplexity(english)])
-    return table(
+    compared = table(
         ["", "learning rate × steps, by seed", "loss on dates", "loss on held-out English", "its perplexity"], lines
     )
+    earlier = table(
+        ["least rise on English where the loss on dates is at most", *WAYS],
+        [[f"{level:.2f}", *(f"{rise:+.2f}" for rise in rises)] for level, rises in at_levels(results).items()],
+    )
+    return f"{compared}\n\nHow it is where both have learned less, all seeds together:\n\n{earlier}"
+
+
+def at_levels(results: dict[str, Any]) -> dict[float, list[float]]:
+    """{loss on dates: each way's least rise on English among its points at or below}, from little to much learned."""
+    mine = [[point for point in results["points"] if point["way"] == name] for name in WAYS]
+    least, most = (limit(way(p["task"] for p in points) for points in mine) for limit, way in ((min, max), (max, min)))
+    before = results["base"]["english"]
+    return {
+        level: [min(p["english"] for p in points if p["task"] <= level) - before for points in mine]
+        for level in np.linspace(least, most, 5).tolist()[:-1]
+    }
 
 
 def perplexity(nats: float) -> str:

@@ -23,7 +23,7 @@ class Figure:
             from matplotlib.figure import Figure as Canvas
         except ImportError:
             raise MiniloraError("a figure needs matplotlib, not installed here: pip install 'minilora[plot]'") from None
-        self.canvas = Canvas(figsize=(6.4 if panels == 1 else 4.6 * panels, 3.6), dpi=90, layout="constrained")
+        self.canvas = Canvas(figsize=(6.4 if panels == 1 else 4.6 * panels, 3.6), dpi=80, layout="constrained")
         self.axes: list[Any] = list(self.canvas.subplots(1, panels, squeeze=False).flat)
         self.axis = self.axes[0]
         self.axis.set(xlabel=x, ylabel=y)
