@@ -107,11 +107,13 @@ def rows(results: dict[str, Any]) -> str:
 def at_levels(results: dict[str, Any]) -> dict[float, list[float]]:
     """{loss on dates: each way's least rise on English among its points at or below}, from little to much learned."""
     mine = [[point for point in results["points"] if point["way"] == name] for name in WAYS]
-    least, most = (limit(way(p["task"] for p in points) for points in mine) for limit, way in ((min, max), (max, min)))
+    first = min(max(point["task"] for point in points) for points in mine)
+    last = max(min(point["task"] for point in points) for points in mine)
     before = results["base"]["english"]
     return {
         level: [min(p["english"] for p in points if p["task"] <= level) - before for points in mine]
-        for level in np.linspace(least, most, 5).tolist()[:-1]
+        for level in np.linspace(first, last, 5).tolist()[:-1]
+        if level >= last
     }
 
 
