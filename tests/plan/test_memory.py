@@ -104,6 +104,7 @@ def no_buffers(monkeypatch):
     monkeypatch.setattr(buffers, "_buffers", buffers.Buffers())
     monkeypatch.setattr(threads, "_local", type(threads._local)())
     monkeypatch.setattr(threads, "thread_count", lambda: 1)
+    monkeypatch.setattr("minilora.plan.rules.thread_count", lambda: 1)
 
 
 def traced_peak(config: dict[str, Any], lora: ml.LoraConfig | None, step: Step) -> int:
