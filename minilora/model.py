@@ -507,7 +507,6 @@ class Model:
         They become writable copies in float32 (float64 in a float64 model). A pattern without a match is a
         MiniloraError.
         """
-        self._must_not_be_merged("unfreeze parameters")
         names = dict(self.network.named_parameters())
         chosen = selected(list(names), pattern, "unfreeze", "parameter")
         for name in chosen:

@@ -37,13 +37,14 @@ def test_a_step_in_which_nothing_is_trained_is_named():
         step(tiny.tokens())
 
 
-def test_a_base_that_is_trained_is_not_merged_into_and_a_merged_one_is_not_unfrozen():
-    """Merging puts other Tensors in the place of the base's: an optimiser would go on with the ones that are gone."""
+def test_merging_and_unmerging_take_no_training_along():
+    """Both put other Tensors in the place of the base's: an optimiser would go on with the ones that are gone."""
     model = two_adapters()
     model.unfreeze(["q_proj.weight"])
     with pytest.raises(ml.MiniloraError, match=r"q_proj\.weight is trained itself, and merging would replace it"):
         model.merge_adapter("a")
-    frozen = two_adapters()
-    frozen.merge_adapter("a")
-    with pytest.raises(ml.MiniloraError, match="cannot unfreeze parameters while the base holds a merged adapter"):
-        frozen.unfreeze(["q_proj.weight"])
+    merged = two_adapters()
+    merged.merge_adapter("a")
+    merged.unfreeze(["q_proj.weight"])
+    with pytest.raises(ml.MiniloraError, match=r"q_proj\.weight was unfrozen after the merge"):
+        merged.unmerge_adapter()

@@ -95,9 +95,15 @@ class Merge:
         if not self.active:
             raise MiniloraError("no adapter is merged: merge_adapter(name) comes before unmerge_adapter()")
         modules = dict(adapters.network.named_modules())
-        for name, tensor in self.kept.items():
-            path, _, attribute = name.rpartition(".")
-            setattr(modules[path], attribute, tensor)
+        places = [(modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in self.kept]
+        for name, (module, attribute) in zip(self.kept, places, strict=True):
+            if getattr(module, attribute).requires_grad:
+                raise MiniloraError(
+                    f"{name} was unfrozen after the merge, and unmerging would lose its training: save the model, and "
+                    "load the base anew"
+                )
+        for tensor, (module, attribute) in zip(self.kept.values(), places, strict=True):
+            setattr(module, attribute, tensor)
         self.kept = {}
 
 
