@@ -244,8 +244,15 @@ def memory_bytes(device: str = "cpu") -> int:
 def peak_memory_bytes() -> int:
     """The largest resident set of this process so far, in bytes (0 where the system does not say)."""
     try:
+        with open("/proc/self/status") as status:  # getrusage's peak begins with that of the process that started it
+            peak = next((line for line in status if line.startswith("VmHWM:")), None)
+        if peak is not None:
+            return int(peak.split()[1]) * 1024
+    except OSError:
+        pass  # no /proc
+    try:
         import resource
     except ImportError:
         return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    peak_usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_usage if sys.platform == "darwin" else peak_usage * 1024
