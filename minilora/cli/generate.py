@@ -32,7 +32,7 @@ def command(
     adapter: AdapterDirectories = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above it, tokens are drawn.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the so many likeliest tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens only.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens with this much probability.")] = 1.0,
     stop: Annotated[
         list[str] | None,

@@ -16,9 +16,7 @@ from .options import Json
 def command(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN...", help="Folders that `minilora train --out` wrote, or folders with such in them."
-        ),
+        typer.Argument(metavar="RUN", help="Folders that `minilora train --out` wrote, or folders with such in them."),
     ],
     out: Annotated[
         Path | None, typer.Option(help=f"The file to write. Default: {REPORT} in the folder that is given.")

@@ -65,7 +65,7 @@ class Checkpoint:
 
 def find_model(name: str | Path) -> Path:
     """The directory or GGUF file of a model given as a path, as "mini" (comes with minilora), as "smollm2", or as a hub
-    id "organisation/name".
+    id "owner/name".
 
     Raises MiniloraError that says what to install, download or correct.
     """
@@ -83,8 +83,7 @@ def find_model(name: str | Path) -> Path:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and path.suffix != ".gguf":
         return _download(str(name))
     raise MiniloraError(
-        f'{name} was not found: expected a model directory, a .gguf file, "mini", "smollm2" or a hub id '
-        '"organisation/name"'
+        f'{name} was not found: expected a model directory, a .gguf file, "mini", "smollm2" or a hub id "owner/name"'
     )
 
 
