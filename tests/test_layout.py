@@ -31,7 +31,7 @@ OTHER_FAMILIES = ("models/gpt2.py", "models/mistral.py", "models/qwen2.py", "mod
 # Of LoRA what is read when it is wanted, each in a file.
 VARIANTS = ("lora/variants/", "ops/dora.py", "lora/combine.py", "lora/own.py", "lora/statistics.py")
 FASTER_ONLY = ("models/decoding.py",)  # the same as another file of the path, faster
-LINES_OF_THE_READING_PATH = 2_700  # not counting blank lines, imports and __init__ files; of them a third is docstrings
+LINES_OF_THE_READING_PATH = 2_750  # not counting blank lines, imports and __init__ files; of them a third is docstrings
 SECONDS_TO_IMPORT = 0.3  # beyond what NumPy itself takes
 
 TOP_LEVEL = set("pyproject.toml README.md LICENSE .gitignore .ci minilora tests examples docs".split())

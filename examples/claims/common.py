@@ -24,7 +24,7 @@ from minilora.demo.tasks import date_rows, stored
 from minilora.errors import MiniloraError
 from minilora.train.loop import evaluate
 
-GENERAL = Path(__file__).parent / "data" / "general.jsonl"
+GENERAL = Path(__file__).parent / "texts" / "general.jsonl"
 FULL = None  # the way to train that unfreezes all of the base
 LENGTH = 96  # tokens of a row at most
 EVALUATION_BATCH = 32

@@ -584,8 +584,8 @@ LORA = [
     ),
     Mutant(
         "lora/merge.py",
-        "            setattr(modules[path], attribute, tensor)\n",
-        "            getattr(modules[path], attribute).data = getattr(modules[path], attribute).data + 0.0\n",
+        "            setattr(module, attribute, tensor)\n",
+        "            getattr(module, attribute).data = getattr(module, attribute).data + 0.0\n",
         "unmerge: the merged weight stays",
         law("merging_leaves_the_logits_and_unmerging_restores_every_bit"),
     ),
