@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+SECONDS_A_LINE = 60  # of progress, outside a terminal
 LOG_WIDTH = 10_000  # outside a terminal nothing is cut or wrapped
 
 
@@ -50,9 +52,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with how many of `total` are newly done: a bar on stderr, where that is a terminal."""
+    """Gives a function to call with how many of `total` are newly done.
+
+    On stderr it shows a bar where that is a terminal, and in a log a line every `SECONDS_A_LINE`.
+    """
     if not sys.stderr.isatty():
-        yield lambda count: None
+        yield _Lines(title, total).advance
         return
     from rich import progress as bars
 
@@ -60,6 +65,19 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with bars.Progress(*columns, bars.TimeRemainingColumn(), console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+class _Lines:
+    """Progress in a log: how far it is, now and then."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done, self.said = title, total, 0, time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() - self.said >= SECONDS_A_LINE:
+            self.said = time.monotonic()
+            note(f"{self.title}: {self.done:,} of {self.total:,}")
 
 
 def bytes_text(count: int) -> str:
