@@ -20,10 +20,12 @@ import numpy as np
 
 from ...backend import Array, gpu_products
 from ...errors import MiniloraError
+from .branches import lane
 
 KINDS = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType_t
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77  # cublasComputeType_t
 WORKSPACE = 32 << 20  # bytes: what cuBLAS asks for on Hopper
+BRANCH_WORKSPACE = 8 << 20  # bytes of a branch's (branches.py): its products are narrow
 LIBRARIES = ("libcublas.so.13", "libcublas.so.12", "libcublas.so.11")
 
 
@@ -47,10 +49,11 @@ def check(status: int) -> None:
 class Handle:
     """A cuBLAS handle of one device, with a workspace of its own so that its calls can be captured into a graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, workspace: int) -> None:
         self.value = ctypes.c_void_p()
         check(library().cublasCreate_v2(ctypes.byref(self.value)))
-        self.workspace = cupy.get_default_memory_pool().malloc(WORKSPACE)
+        self.size = workspace
+        self.workspace = cupy.get_default_memory_pool().malloc(workspace)
         self.stream: int | None = None
 
     def on_current_stream(self) -> ctypes.c_void_p:
@@ -58,16 +61,17 @@ class Handle:
         if stream != self.stream:
             check(library().cublasSetStream_v2(self.value, ctypes.c_void_p(stream)))
             # Setting the stream goes back to a workspace of cuBLAS's own, which a capture must not see.
-            size = ctypes.c_size_t(WORKSPACE)
+            size = ctypes.c_size_t(self.size)
             check(library().cublasSetWorkspace_v2(self.value, ctypes.c_void_p(self.workspace.ptr), size))
             self.stream = stream
         return self.value
 
 
 @cache
-def handle_of(device: int) -> Handle:
+def handle_of(device: int, branch: int = 0) -> Handle:
+    """The handle of a device's main line, or of a branch: two products at a time must not share a workspace."""
     with cupy.cuda.Device(device):
-        return Handle()
+        return Handle(BRANCH_WORKSPACE if branch else WORKSPACE)
 
 
 def compute_type(dtype: np.dtype) -> int:
@@ -131,7 +135,7 @@ def gemm(
     # cuBLAS counts by columns: what it sees is outᵀ = bᵀ aᵀ, and a row-major matrix is its own transpose there.
     check(
         library().cublasGemmEx(
-            handle_of(out.device.id).on_current_stream(), flip_b, flip_a, n, m, k, constant(alpha, double),
+            handle_of(out.device.id, lane()).on_current_stream(), flip_b, flip_a, n, m, k, constant(alpha, double),
             ctypes.c_void_p(b.data.ptr), kind, lead_b, ctypes.c_void_p(a.data.ptr), kind, lead_a,
             constant(beta, double), ctypes.c_void_p(out.data.ptr), KINDS[out.dtype.name], found[1],
             compute_type(a.dtype), -1,
@@ -170,7 +174,7 @@ def batched(a: Array, b: Array, out: Array) -> None:
     double, kind = a.dtype == np.float64, KINDS[a.dtype.name]
     check(
         library().cublasGemmStridedBatchedEx(
-            handle_of(out.device.id).on_current_stream(), flip_b, flip_a, n, m, k, constant(1.0, double),
+            handle_of(out.device.id, lane()).on_current_stream(), flip_b, flip_a, n, m, k, constant(1.0, double),
             ctypes.c_void_p(b.data.ptr), kind, lead_b, step_b, ctypes.c_void_p(a.data.ptr), kind, lead_a, step_a,
             constant(0.0, double), ctypes.c_void_p(out.data.ptr), KINDS[out.dtype.name], lead, step,
             int(np.prod(leading)), compute_type(a.dtype), -1,

@@ -17,6 +17,8 @@ import cupy
 import numpy as np
 
 from ...backend import Array
+from . import branches
+from .gemm import handle_of
 
 MOST = 16  # recordings that are kept, the latest used ones
 UNRECORDED = 2  # steps of a shape before it is recorded
@@ -76,6 +78,10 @@ class Recorder:
     ) -> Recording:
         with self.stream:
             targets = [cupy.asarray(array) for array in inputs]
+            device = cupy.cuda.Device().id
+            branches.streams(device)
+            for branch in range(branches.COUNT + 1):
+                handle_of(device, branch)
             with cupy.cuda.using_allocator(self.pool.malloc):
                 self.stream.begin_capture()
                 try:

@@ -17,6 +17,7 @@ from ... import ops
 from ...backend import Array
 from ...ops.linalg import rows
 from ...ops.lora import one_after_another
+from .branches import Fork
 from .gemm import gemm
 from .lists import narrowed, narrowed_stack
 from .memory import keep
@@ -60,14 +61,20 @@ def lora_linear(
 
     def vjp(dy):
         g = rows(dy)
-        v = gemm(g, B, alpha=scale) if needs[0] or needs[3] else None  # (N, r)
-        dx = None
-        if needs[0]:
-            dx = gemm(g, weight)
-            gemm(v, A, dx, beta=1.0)
-            dx = dx.reshape(shape_x)
-        d_lora_A = gemm(v.T, rows(kept()), dtype=np.float32) if needs[3] else None
-        d_lora_B = gemm(g.T, u, alpha=scale, dtype=np.float32) if needs[4] else None
+        v: Any = None
+        dx = d_lora_A = d_lora_B = None
+        with Fork() as fork:
+            if needs[0]:
+                dx = gemm(g, weight)
+            if needs[0] or needs[3]:
+                with fork.branch(1):
+                    v = gemm(g, B, alpha=scale)  # (N, r)
+                    d_lora_A = gemm(v.T, rows(kept()), dtype=np.float32) if needs[3] else None
+            if needs[4]:
+                with fork.branch(2):
+                    d_lora_B = gemm(g.T, u, alpha=scale, dtype=np.float32)
+        if dx is not None:
+            dx = gemm(v, A, dx, beta=1.0).reshape(shape_x)
         return dx, None, (g.sum(axis=0, dtype=np.float32) if needs[2] else None), d_lora_A, d_lora_B
 
     return y.reshape(*shape_x[:-1], weight.shape[0]), vjp
@@ -118,22 +125,25 @@ def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple
     def vjp(*dys):
         gs = [rows(dy) for dy in dys]
         g = side_by_side(gs)
-        v = None
-        if needs[0] or any(needs_A):
-            v = product_of_parts(gs if g is None else [g], stack.lora_B, scale)
-        dx = None
-        if needs[0]:
-            dx = product_of_parts(gs if g is None else [g], W)
-            gemm(v, stack.lora_A, dx, beta=1.0)
-            dx = dx.reshape(shape_x)
-        d_lora_A = gemm(v.T, rows(kept()), dtype=np.float32) if any(needs_A) else None  # (R, in)
+        parts = gs if g is None else [g]
+        v = dx = d_lora_A = None
         d_lora_B: Any = None
-        if any(needs_B):
-            d_lora_B = cupy.empty((starts[-1], kept_u.shape[1]), np.float32)  # (Σ out, R): its blocks are what is asked
-            start = 0
-            for part in gs if g is None else [g]:
-                gemm(part.T, kept_u, d_lora_B[start : start + part.shape[1]], alpha=scale)
-                start += part.shape[1]
+        with Fork() as fork:
+            if needs[0]:
+                dx = product_of_parts(parts, W)
+            if needs[0] or any(needs_A):
+                with fork.branch(1):
+                    v = product_of_parts(parts, stack.lora_B, scale)  # (N, R)
+                    d_lora_A = gemm(v.T, rows(kept()), dtype=np.float32) if any(needs_A) else None  # (R, in)
+            if any(needs_B):
+                with fork.branch(2):  # (Σ out, R): its blocks are what is asked
+                    d_lora_B = cupy.empty((starts[-1], kept_u.shape[1]), np.float32)
+                    start = 0
+                    for part in parts:
+                        gemm(part.T, kept_u, d_lora_B[start : start + part.shape[1]], alpha=scale)
+                        start += part.shape[1]
+        if dx is not None and v is not None:
+            dx = gemm(v, stack.lora_A, dx, beta=1.0).reshape(shape_x)
         gradients: list[Any] = []
         rank_start = 0
         for index, (out, rank) in enumerate(sizes):
