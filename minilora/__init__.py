@@ -14,8 +14,9 @@ from . import ops
 from .backend import to_numpy
 from .errors import MiniloraError
 from .gradcheck import GradientError, dot_product_check, gradcheck, gradcheck_model, gradcheck_parameters
+from .loading import load_model, new_model
 from .lora import LoraConfig
-from .model import Model, load_model, new_model
+from .model import Model
 from .optim import Adam, AdamW, clip_grad_norm, schedule
 from .step import MicroBatch, TrainStep
 from .tensor import Tensor, checkpoint, no_grad, primitive

@@ -40,8 +40,11 @@ def array_module(*arrays: Array) -> ModuleType:
 # --- dtypes ---------------------------------------------------------------------------------------------------------
 
 
-def dtype_of(name: str) -> np.dtype:
-    """The dtype called "float64", "float32", "float16" or "bfloat16" (the last from ml_dtypes: NumPy has none)."""
+def dtype_of(name: str, *others: str) -> np.dtype:
+    """The dtype called "float64", "float32", "float16" or "bfloat16" (the last from ml_dtypes: NumPy has none).
+
+    others: what the caller takes besides, which the MiniloraError for any other name lists too.
+    """
     if name == "bfloat16":
         try:
             import ml_dtypes
@@ -51,7 +54,7 @@ def dtype_of(name: str) -> np.dtype:
             ) from None
         return np.dtype(ml_dtypes.bfloat16)
     if name not in FLOAT_DTYPES:
-        raise MiniloraError(f"dtype is {name!r}, expected one of {', '.join(FLOAT_DTYPES)}")
+        raise MiniloraError(f"dtype is {name!r}, expected one of {', '.join((*FLOAT_DTYPES, *others))}")
     return np.dtype(name)
 
 

@@ -1,9 +1,9 @@
-"""The facade that users hold: `load_model` and `Model`. Its methods call the network, lora, formats and generate."""
+"""The facade that users hold: `Model`, whose methods call the network, lora, formats and generate."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -12,113 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import (
-    FLOAT_DTYPES,
-    Array,
-    activation_dtype,
-    cast,
-    compute_dtype,
-    dtype_of,
-    to_device,
-    to_numpy,
-    use_device,
-)
+from .backend import Array, activation_dtype, cast, compute_dtype, to_device, to_numpy, use_device
 from .errors import MiniloraError
-from .lora import PEFT_PREFIX, Adapters, Combination, LoraConfig, Merge, Rounding, combine
-from .lora.layer import places
+from .inputs import IGNORED, Batch, Checked, checked, loss_weights, owned_labels
+from .lora import Adapters, Combination, LoraConfig, Merge, Rounding, combine
 from .lora.targets import selected, shortest_patterns
-from .models import CausalLM, ModelConfig, family_of
-from .models.causal_lm import IGNORED, NO_LABEL, Batch, shifted_labels
-from .nn import Linear, Weights
+from .models import CausalLM, ModelConfig
+from .nn import Linear
 from .ops import CompressedWeight
 from .tensor import Tensor, is_recording, no_grad
 
 if TYPE_CHECKING:
     from .formats.tokenizer import Tokenizer
-
-
-STORED = "stored"  # for load_model's dtype: as the file has it
-
-
-def load_model(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Model:
-    """A pretrained model: a Hugging Face directory, a GGUF file, "mini" (in the package), "smollm2", or a hub id.
-
-    dtype: "float32", "float64", "float16" or "bfloat16" to hold the weights in; "stored" as they are in the file: a
-    directory's are mapped, not copied, and matrices in a GGUF's blocks (Q8_0, Q4_0, Q4_1) stay in them, which takes a
-    fraction of the memory and some time per pass. None is "stored" for a directory and "float32" for GGUF. Raises
-    MiniloraError for anything missing, truncated or unsupported.
-    """
-    from .formats.checkpoint import find_model, open_checkpoint
-    from .formats.gguf import GGUFEntry
-    from .formats.gguf_blocks import held_in_blocks
-
-    use_device(device)
-    wanted = None if dtype in (None, STORED) else dtype_of(dtype)
-    checkpoint = open_checkpoint(find_model(path))
-    if dtype is None and checkpoint.format == "gguf":
-        wanted = np.dtype(np.float32)
-    family = family_of(checkpoint.config)
-    config = family.read_config(checkpoint.config)
-    tensors = family.network.by_own_names(checkpoint.tensors)
-    used: set[str] = set()
-
-    def source(name: str, shape: tuple[int, ...]) -> Array:
-        if name not in tensors:
-            raise MiniloraError(
-                f"{checkpoint.path} has no tensor {name}, which its configuration calls for: is the file complete?"
-            )
-        entry = tensors[name]
-        if tuple(entry.shape) != shape:
-            raise MiniloraError(
-                f"{checkpoint.path}: {name} has shape {tuple(entry.shape)}, its configuration calls for {shape}"
-            )
-        used.add(name)
-        if isinstance(entry, GGUFEntry) and wanted is None and (blocks := held_in_blocks(entry, device)) is not None:
-            return blocks
-        array = entry.array()
-        if array.dtype.name not in FLOAT_DTYPES:
-            raise MiniloraError(
-                f"{checkpoint.path}: {name} is stored as {array.dtype}, expected one of {', '.join(FLOAT_DTYPES)}: "
-                "take the model's original weights"
-            )
-        array = array if wanted is None else cast(array, wanted)
-        return to_device(array, device)
-
-    stored = {entry.dtype for entry in checkpoint.tensors.values()}
-    dtype_of_network = compute_dtype(
-        wanted if wanted is not None else np.dtype("float64" if stored == {"float64"} else "float32")
-    )
-    network = family.network(config, Weights(source), dtype_of_network)
-    network.compute_in(activation_dtype(wanted or network.lm_head.weight.dtype, device))
-    unused = sorted(name for name in tensors if name not in used and not family.network.ignores(name, config))
-    if unused:
-        raise MiniloraError(
-            f"{checkpoint.path} has {len(unused)} tensors that a {config.model_type} model has no place for, "
-            f"first {unused[0]}"
-        )
-    return Model(network, checkpoint.tokenizer, generation_config=checkpoint.generation_config, source=str(path))
-
-
-def new_model(
-    config: Mapping[str, Any], seed: int = 0, device: str = "cpu", dtype: str = "float32", std: float = 0.02
-) -> Model:
-    """A model with random weights (normal, deviation `std`; norms 1, biases 0) from a config.json's contents."""
-    use_device(device)
-    family = family_of(dict(config))
-    random = np.random.default_rng(seed)
-    held = dtype_of(dtype)
-
-    def source(name: str, shape: tuple[int, ...]) -> Array:
-        if name.endswith("bias"):
-            values = np.zeros(shape)
-        elif len(shape) == 1:
-            values = np.ones(shape)
-        else:
-            values = random.normal(0.0, std, shape)
-        return to_device(values.astype(held), device)
-
-    network = family.network(family.read_config(dict(config)), Weights(source), activation_dtype(held, device))
-    return Model(network, None, source=f"a random {config['model_type']}")
 
 
 class Model:
@@ -142,7 +47,7 @@ class Model:
             network.lay_out()
         self._adapters = Adapters(network)
         self._merge = Merge()
-        self._changes = 0  # how often tensors were added, replaced or moved
+        self.changes = 0  # how often tensors were added, replaced or moved
         self._training_passes: Counter[str] = Counter()  # passes with gradients so far, by adapter
 
     @property
@@ -187,7 +92,7 @@ class Model:
             raise MiniloraError(
                 "a model with compressed weights stays on the device that it was loaded to: load it there"
             )
-        self._changes += 1
+        self.changes += 1
         for tensor in self._all_tensors():
             tensor.data = to_device(tensor.data, device)
             tensor.grad = None
@@ -254,8 +159,8 @@ class Model:
     ) -> Batch:
         """What `losses` reads, checked and on the host. bucket: see `CausalLM.loss_batch`."""
         tokens, targets, segments = self._checked(tokens, labels, segments)
-        weights = self._loss_weights(targets, normaliser)
-        owned = {name: mine for name, mine in self._labelled(targets).items() if mine.any()}
+        owned = owned_labels(targets, self._adapters.selection.rows)
+        weights = loss_weights(owned, targets.shape, normaliser)
         own_targets = {name: np.where(mine, targets, IGNORED) for name, mine in owned.items()}
         return self.network.loss_batch(tokens, own_targets, weights, segments, bucket)
 
@@ -264,99 +169,18 @@ class Model:
         self._set_dropout(is_recording(), batch.labelled)
         return self.network.loss_sums(batch)
 
-    def can_be_recorded(self) -> bool:
-        """Whether a pass under the selected adapters is the same launches whatever the numbers: on a GPU, without
-        dropout (its masks are drawn on the host's word).
-        """
-        return not any(self._adapters.configs[name].dropout for name in self.active_adapters)
-
-    def recording_key(self) -> tuple[Hashable, ...]:
-        """What the launches of a pass depend on besides its batch: the selection, checkpointing, and the tensors."""
-        selection = self._adapters.selection
-        adapters = [tensor for name in self.active_adapters for tensor in self._adapters.parameters(name).values()]
-        addresses = tuple(tensor.data.data.ptr for tensor in adapters)
-        return selection.weights, selection.rows, self.checkpoint, self._changes, addresses
-
-    def is_settled(self) -> bool:
-        """Whether a pass would find all that is kept from pass to pass: what it makes anew is not to be recorded."""
-        from .kernels.cuda.lists import pass_of
-
-        return pass_of(self.network).is_settled(self.dtype)
-
-    def read_by_recordings(self, rows: Iterable[Sequence[str | None] | None]) -> list[Any]:
-        """What a recorded pass reads and a later pass may replace; rows: the adapters by row of its batches."""
-        from .kernels.cuda.lists import pass_of
-
-        rotary = self.network.rotary
-        owners = [(tuple(names), name) for names in rows if names is not None for name in dict.fromkeys(names)]
-        indices = [places(names, name, self.device) for names, name in owners]
-        return [None if rotary is None else rotary.tables, list(pass_of(self.network).buffers.values()), indices]
-
     def label_count(self, tokens: Any, labels: Any = None, segments: Any = None) -> int | Counter[str]:
         """How many positions of this batch carry a loss; with set_adapter(rows=...), how many by adapter."""
-        _, targets, _ = self._checked(tokens, labels, segments)
-        counts = {name: int(mine.sum()) for name, mine in self._labelled(targets).items() if mine.any()}
-        return counts.get("", 0) if self._adapters.selection.rows is None else Counter(counts)
-
-    def _labelled(self, targets: np.ndarray) -> dict[str, np.ndarray]:
-        """The positions that carry a loss, (B, T) Booleans: those of each adapter's rows by name, or all under ""."""
-        labelled, rows = targets != IGNORED, self._adapters.selection.rows
-        if rows is None:
-            return {"": labelled}
-        names = dict.fromkeys(name for name in rows if name is not None)
-        return {name: labelled & np.array([row == name for row in rows])[:, None] for name in names}
-
-    def _loss_weights(self, targets: np.ndarray, normaliser: float | Mapping[str, float] | None) -> np.ndarray:
-        """What each position's loss is multiplied by, (B, T) float64: 1 / normaliser, or each row's adapter's own."""
-        weights = np.zeros(targets.shape)
-        for name, mine in self._labelled(targets).items():
-            if not mine.any():
-                continue
-            total = mine.sum() if normaliser is None else normaliser
-            if isinstance(total, Mapping):
-                if name not in total:
-                    whose = f"adapter {name!r}" if name else "one adapter for all rows, which takes a plain number"
-                    raise MiniloraError(f"normaliser names {', '.join(total) or 'nothing'}, expected {whose}")
-                total = total[name]
-            if not 0 < total < np.inf:
-                raise MiniloraError(f"normaliser is {total}, expected the number of label tokens to divide by")
-            weights[mine] = 1 / total
-        if not weights.any():
-            raise MiniloraError(NO_LABEL)
-        return weights
-
-    def _checked(self, tokens: Any, labels: Any, segments: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """tokens, shifted targets and segments as (B, T) NumPy arrays; MiniloraError if they do not fit this model."""
-        tokens = _rectangle("tokens", tokens)
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[1] == 0:
-            raise MiniloraError(
-                f"tokens must be integers of shape (B, T), found {tokens.dtype} of shape {tokens.shape}"
-            )
         rows = self._adapters.selection.rows
-        if rows is not None and len(rows) != len(tokens):
-            raise MiniloraError(f"set_adapter(rows=...) names {len(rows)} rows, and the batch has {len(tokens)}")
-        labels = tokens if labels is None else _rectangle("labels", labels)
-        segments = None if segments is None else _rectangle("segments", segments)
-        for name, array in (("labels", labels), ("segments", segments)):
-            if array is not None and (array.shape != tokens.shape or array.dtype.kind not in "iu"):
-                raise MiniloraError(
-                    f"{name} must be integers of the tokens' shape {tokens.shape}, "
-                    f"found {array.dtype} of shape {array.shape}"
-                )
-        if tokens.shape[1] > self.config.max_position_embeddings:
-            raise MiniloraError(
-                f"the sequence has {tokens.shape[1]} tokens, over the model's context of "
-                f"{self.config.max_position_embeddings}: shorten it"
-            )
-        targets = shifted_labels(labels.astype(np.int64), segments)
-        for name, ids in (("token", tokens), ("label", targets[targets != IGNORED])):
-            low, high = ids.min(initial=0), ids.max(initial=0)
-            if low < 0 or high >= self.config.vocab_size:
-                raise MiniloraError(
-                    f"{name} ids must lie in 0 … {self.config.vocab_size - 1}, found {low} … {high}: "
-                    "is the tokenizer another model's?"
-                )
-        return tokens, targets, segments
+        owned = owned_labels(self._checked(tokens, labels, segments).targets, rows)
+        counts = {name: int(mine.sum()) for name, mine in owned.items()}
+        return counts.get("", 0) if rows is None else Counter(counts)
+
+    def _checked(self, tokens: Any, labels: Any, segments: Any) -> Checked:
+        """What was given for a pass, checked against this model's sizes and the selected adapters."""
+        rows, config = self._adapters.selection.rows, self.config
+        sizes = {"context": config.max_position_embeddings, "vocabulary": config.vocab_size}
+        return checked(tokens, labels, segments, rows=rows, **sizes)
 
     def _set_dropout(self, training: bool, labelled: Iterable[str] = ()) -> None:
         """Let the next pass draw dropout masks, or none. labelled: with rows, the adapters with a label in the batch.
@@ -403,7 +227,7 @@ class Model:
     def add_adapter(self, name: str, config: LoraConfig | None = None, seed: int = 0) -> None:
         """Add a new adapter and select it. With B = 0 at the start the outputs stay exactly those of the base."""
         self._must_not_be_merged("add an adapter")
-        self._changes += 1
+        self.changes += 1
         self._adapters.add(name, config or LoraConfig(), seed)
         self._adapters.select(name)
 
@@ -416,7 +240,7 @@ class Model:
 
         self._must_not_be_merged("load an adapter")
         config, values = read_adapter(path, self.config, self.network.head_is_tied)
-        self._changes += 1
+        self.changes += 1
         self._adapters.add(name, config, values=values, trainable=trainable)
         self._adapters.select(name)
 
@@ -455,7 +279,7 @@ class Model:
 
     def delete_adapter(self, name: str) -> None:
         """Remove adapter `name`; if it was selected, the bare base is."""
-        self._changes += 1
+        self.changes += 1
         self._adapters.remove(name)
         self._training_passes.pop(name, None)
 
@@ -484,14 +308,14 @@ class Model:
         Raises MiniloraError, with nothing changed, where a weight is quantised and no choice was made, and where a
         value would not be finite.
         """
-        self._changes += 1
+        self.changes += 1
         roundings = self._merge.merge(self._adapters, self._adapters.weighted(which), quantised)
         self._adapters.select(None)
         return roundings
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back, bit for bit."""
-        self._changes += 1
+        self.changes += 1
         self._merge.unmerge(self._adapters)
 
     def _must_not_be_merged(self, action: str) -> None:
@@ -514,7 +338,7 @@ class Model:
                 raise MiniloraError(
                     f"{name} is stored compressed and cannot be trained: load the model with dtype='float32'"
                 )
-        self._changes += 1
+        self.changes += 1
         for name in chosen:
             parameter = names[name]
             parameter.data = cast(parameter.data, compute_dtype(self.dtype)).copy()
@@ -569,14 +393,3 @@ def _key_in_memory(key: str, adapter: str) -> str:
     """A key of PEFT's files as its models call it: `lora_A.NAME.weight`, but `lora_embedding_A.NAME`."""
     stem, _, last = key.rpartition(".")
     return f"{key}.{adapter}" if last.startswith("lora_") else f"{stem}.{adapter}.{last}"
-
-
-def _rectangle(name: str, rows: Any) -> np.ndarray:
-    """The rows as one NumPy array; MiniloraError where their lengths differ."""
-    try:
-        return to_numpy(rows)
-    except ValueError:
-        raise MiniloraError(f"the rows of {name} differ in length: pad them to one, with segments 0 there") from None
-
-
-__all__ = ["PEFT_PREFIX", "Model", "load_model", "new_model"]

@@ -8,7 +8,6 @@ rounding.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial, reduce
 from operator import add
@@ -16,15 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backend import Array, to_numpy
+from .backend import Array
 from .errors import MiniloraError
-from .models.causal_lm import IGNORED, NO_LABEL, Batch
+from .inputs import NO_LABEL, Batch
 from .optim import AdamW, clip_grad_norm, global_norm
-
-LABEL_BUCKETS = 16  # a recorded step takes the number of labelled positions as a multiple of a 16th of all positions
-# What is recorded and what is not wait for one another through the default stream that CuPy's threads share.
-ONE_DEFAULT_STREAM = os.environ.get("CUPY_CUDA_PER_THREAD_DEFAULT_STREAM", "0") == "0"
-LENGTH_BUCKET = 64  # and its rows at a length that is a multiple of this: few recordings serve all lengths
+from .recording import can_be_recorded, is_settled, label_bucket, lengthened, read_by_recordings, recording_key
 
 
 class MicroBatch(NamedTuple):
@@ -111,13 +106,13 @@ class TrainStep:
 
     def _passes(self, batches: Sequence[MicroBatch], total: Any) -> dict[str, Array]:
         """Forward and backward of all micro-batches, launch by launch or as one recording; the losses by adapter."""
-        recorded = self.model.device != "cpu" and ONE_DEFAULT_STREAM and all(map(self._can_be_recorded, batches))
+        recorded = all(map(self._can_be_recorded, batches))
         prepared = []
         for batch in batches:
             self._select(batch)
             if recorded:
                 batch = lengthened(batch, self.model.config.max_position_embeddings)
-            bucket = max(1, np.size(batch.tokens) // LABEL_BUCKETS) if recorded else 1
+            bucket = label_bucket(batch) if recorded else 1
             prepared.append(self.model.loss_batch(*batch[:3], normaliser=total, bucket=bucket))
         if recorded:
             return self._recorded(batches, prepared)
@@ -150,15 +145,15 @@ class TrainStep:
         shapes = tuple((array.shape, array.dtype.str) for array in arrays)
         addresses = tuple(parameter.data.data.ptr for parameter in parameters)
         selections = tuple(None if batch.rows is None else tuple(batch.rows) for batch in batches)
-        key = (shapes, addresses, selections, *self.model.recording_key())
+        key = (shapes, addresses, selections, *recording_key(self.model))
 
         def step(on_device: list[Array]) -> tuple[dict[str, Array], list[Array | None]]:
             rest = iter(on_device)
             losses = self._forward_and_backward(batches, [batch.of(rest) for batch in prepared])
             return losses, [parameter.grad for parameter in parameters]
 
-        held = partial(self.model.read_by_recordings, [batch.rows for batch in batches])
-        losses, grads = self.recorder.run(key, arrays, step, held, self.model.is_settled)
+        held = partial(read_by_recordings, self.model, [batch.rows for batch in batches])
+        losses, grads = self.recorder.run(key, arrays, step, held, partial(is_settled, self.model))
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         return {name: loss.copy() for name, loss in losses.items()}  # the next step writes over the recording's own
@@ -184,7 +179,7 @@ class TrainStep:
 
     def _can_be_recorded(self, batch: MicroBatch) -> bool:
         self._select(batch)
-        return self.model.can_be_recorded()
+        return can_be_recorded(self.model)
 
     def _count(self, batch: MicroBatch) -> Any:
         """The label tokens of a micro-batch, by adapter where its rows have their own."""
@@ -207,24 +202,6 @@ class TrainStep:
         for name in named - set(losses):
             for parameter in self.model.adapter_parameters(name).values():
                 parameter.grad = None
-
-
-def lengthened(batch: MicroBatch, most: int) -> MicroBatch:
-    """The rows made a multiple of LENGTH_BUCKET long, `most` at most, by positions behind them without a label.
-
-    No earlier position attends to them, so they change nothing.
-    """
-    length = np.shape(batch.tokens)[1]
-    more = min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, most) - length
-    if more <= 0:
-        return batch
-
-    def longer(rows: Any, value: int) -> np.ndarray:
-        return np.pad(to_numpy(rows), ((0, 0), (0, more)), constant_values=value)
-
-    labels = longer(batch.tokens if batch.labels is None else batch.labels, IGNORED)
-    segments = None if batch.segments is None else longer(batch.segments, 0)
-    return MicroBatch(longer(batch.tokens, 0), labels, segments, batch.rows)
 
 
 def check_optimisers(model: Any, optimisers: Mapping[str, AdamW]) -> None:

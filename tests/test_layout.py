@@ -20,8 +20,8 @@ PACKAGE = ROOT / "minilora"
 
 # The order in which the source is read: a file imports only what stands above it, or its own package.
 LAYERS = (
-    "errors backend tensor differences gradcheck ops kernels nn models lora optim "
-    "files formats data step train generate plan report model demo cli __main__"
+    "errors backend tensor differences gradcheck ops kernels nn inputs models lora optim "
+    "files terminal formats data recording step train generate plan report model loading demo cli __main__"
 ).split()
 ENGINE = LAYERS[: LAYERS.index("optim") + 1]
 NEAR_THE_MACHINE = ("backend", "kernels")  # where array libraries, their dtypes and thread pools are dealt with

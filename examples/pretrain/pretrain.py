@@ -19,7 +19,8 @@ import numpy as np
 
 from minilora import AdamW, TrainStep, load_model, no_grad
 from minilora.formats.tokenizer import Tokenizer
-from minilora.model import Model, new_model
+from minilora.loading import new_model
+from minilora.model import Model
 from minilora.optim import clip_grad_norm, schedule
 from minilora.step import MicroBatch
 

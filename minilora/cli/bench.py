@@ -63,8 +63,8 @@ def command(
     each token and weight, and attention's. Decoding has to read every weight for every token; the speed of that is
     shown. Tokens are random.
     """
+    from ..loading import load_model
     from ..lora import LoraConfig
-    from ..model import load_model
 
     loaded = load_model(model, device, dtype)
     context = loaded.config.max_position_embeddings

@@ -38,8 +38,8 @@ def command(
     below the noise of the difference is undecided, and never counts as passed. Exit status 1 if a gradient is wrong.
     """
     from ..gradcheck import GradientError, gradcheck_model
+    from ..loading import load_model
     from ..lora import LoraConfig
-    from ..model import load_model
 
     if entries + directions == 0:
         raise MiniloraError("--entries and --directions are both 0, so nothing would be compared: give one of them")

@@ -52,7 +52,7 @@ def weights_of(adapters: Sequence[Path], weights: Sequence[float] | None) -> dic
 
 def open_model(name: str, adapters: Sequence[Path], device: str, dtype: str | None) -> Model:
     """The model with the adapters "0", "1", … on it, none of them selected."""
-    from ..model import load_model
+    from ..loading import load_model
 
     model = load_model(name, device, dtype)
     for number, directory in enumerate(adapters):

@@ -193,7 +193,7 @@ def command(
 
 
 def _train(settings: dict[str, Any], resume: bool, overwrite: bool, quiet: bool) -> TrainResult:
-    from ..model import load_model
+    from ..loading import load_model
 
     run, lora = train_config(settings), lora_config(settings)
     check_folder(Path(settings["out"]), resume, overwrite)

@@ -18,8 +18,9 @@ from ..files import atomic_write, json_bytes
 from ..formats.checkpoint import find_model
 from ..generate import generate_batch
 from ..gradcheck import gradcheck_model
+from ..loading import load_model
 from ..lora import LoraConfig
-from ..model import Model, load_model
+from ..model import Model
 from ..optim import AdamW
 from ..train import TrainConfig, train
 from ..train.progress import Quiet

@@ -7,92 +7,22 @@ Axes: B batch, T time, D width, V vocabulary, M labelled positions.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .. import ops
-from ..backend import Array, array_module, compute_dtype, one_pass, release_unused, to_device
+from ..backend import Array, array_module, compute_dtype, one_pass, release_unused
+from ..inputs import Batch, Labelled, labelled_positions, segment_positions
 from ..nn import AdapterState, Embedding, Linear, Module
 from ..tensor import Tensor, checkpoint
 from .cache import KVCache
 from .config import ModelConfig
 from .parts import Context
 from .rope import RotaryTable, inverse_frequencies
-
-IGNORED = -100  # the label of a position without a loss, as in torch and Hugging Face
-NO_LABEL = (
-    f"the batch has no label to train on: expected one that is not {IGNORED} behind the first token of a row or "
-    "segment, and in a row with an adapter where set_adapter(rows=...) names them"
-)
-
-
-def segment_positions(segments: np.ndarray) -> np.ndarray:
-    """Each token's position within its segment: 0, 1, 2 … from where the segment number changes. (B, T) -> (B, T)."""
-    index = np.arange(segments.shape[1])
-    starts = np.ones_like(segments, bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-
-
-def shifted_labels(labels: np.ndarray, segments: np.ndarray | None) -> np.ndarray:
-    """What each position has to predict, (B, T): the next one's label, IGNORED at the end and where a segment ends."""
-    targets = np.full_like(labels, IGNORED)
-    targets[:, :-1] = labels[:, 1:]
-    if segments is not None:
-        targets[:, :-1][segments[:, 1:] != segments[:, :-1]] = IGNORED
-        targets[segments == 0] = IGNORED
-    return targets
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """M positions that carry a loss: their places among the B T (None for all), the tokens that they are to predict,
-    and what each loss is multiplied by.
-    """
-
-    index: Array | None
-    labels: Array
-    weights: Array
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one pass reads, all on one device: tokens (B, T), positions (B or 1, T), segments (B, S) or None, and what
-    carries a loss, by adapter where those are selected by row.
-    """
-
-    tokens: Array
-    positions: Array
-    segments: Array | None = None
-    labelled: Mapping[str, Labelled] = field(default_factory=dict)
-
-    def arrays(self) -> list[Array]:
-        """All arrays, in one order."""
-        held = [self.tokens, self.positions, self.segments]
-        for part in self.labelled.values():
-            held += [part.index, part.labels, part.weights]
-        return [array for array in held if array is not None]
-
-    def of(self, arrays: Iterator[Array]) -> Batch:
-        """A batch of the same form with the next of other arrays, in the order of `arrays`."""
-
-        def following(array: Array | None) -> Array | None:
-            return None if array is None else next(arrays)
-
-        tokens, positions, segments = (following(array) for array in (self.tokens, self.positions, self.segments))
-        labelled = {
-            name: Labelled(following(part.index), following(part.labels), following(part.weights))
-            for name, part in self.labelled.items()
-        }
-        return Batch(tokens, positions, segments, labelled)
-
-    def on(self, device: str) -> Batch:
-        """The same batch on a device."""
-        return self.of(to_device(array, device) for array in self.arrays())
 
 
 class CausalLM(Module):
@@ -228,18 +158,8 @@ class CausalLM(Module):
         targets: those of each adapter's rows by its name where they are selected by row, else all under ""; (B, T)
         each. bucket: their number is made a multiple of it by positions of weight 0, for steps that are captured.
         """
-        labelled = {}
-        for name, own in targets.items():
-            index = np.flatnonzero(own.reshape(-1) != IGNORED)
-            more = -len(index) % bucket
-            if more:
-                index = np.sort(np.concatenate([index, np.flatnonzero(own.reshape(-1) == IGNORED)[:more]]))
-            weight = np.where(own.reshape(-1)[index] != IGNORED, weights.reshape(-1)[index], 0.0)
-            labelled[name] = Labelled(
-                index=index if len(index) < own.size else None,
-                labels=np.where(own.reshape(-1)[index] != IGNORED, own.reshape(-1)[index], 0),
-                weights=weight.astype(compute_dtype(self.dtype)),
-            )
+        dtype = compute_dtype(self.dtype)
+        labelled = {name: labelled_positions(own, weights, dtype, bucket) for name, own in targets.items()}
         return replace(self.batch(tokens, segments), labelled=labelled)
 
     def loss_sums(self, batch: Batch) -> dict[str, Tensor]:
@@ -257,8 +177,8 @@ class CausalLM(Module):
 
     def _loss_sum(self, x: Tensor, labelled: Labelled, selection: Any) -> Tensor:
         """The sum under one selection of adapters: x (B T, D)."""
-        if labelled.index is not None:
-            x = ops.select_rows(x, index=labelled.index)  # -> (M, D)
+        if labelled.places is not None:
+            x = ops.select_rows(x, index=labelled.places)  # -> (M, D)
         with self.adapter_state.using(selection):
             x = self.final_norm(x)
             head = self.lm_head.current()

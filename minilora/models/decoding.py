@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ..inputs import segment_positions
 from ..kernels.cpu.decode import Block, Decoder, Norm, Projection, Update, sum_of, together
 from ..nn import Linear, RMSNorm
 from ..tensor import kernels_enabled
 from .cache import KVCache
-from .causal_lm import CausalLM, segment_positions
+from .causal_lm import CausalLM
 from .llama import LlamaBlock, LlamaForCausalLM
 from .parts import GatedMLP, SelfAttention
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..backend import compute_dtype
 from ..errors import MiniloraError
+from ..inputs import IGNORED
 from ..lora import Adapters, LoraConfig
 from ..models import CausalLM
-from ..models.causal_lm import IGNORED
 from ..tensor import Tensor
 from ..train.config import DEFAULT_LENGTH
 from .rules import Rules

@@ -9,7 +9,7 @@ import pytest
 
 from minilora.cli.gradcheck import TEXT, tokens_of
 from minilora.errors import MiniloraError
-from minilora.model import load_model
+from minilora.loading import load_model
 from minilora.tensor import PRIMITIVES
 
 

@@ -9,7 +9,8 @@ import pytest
 
 import minilora as ml
 from minilora.backend import cast, dtype_of, to_device, to_numpy
-from minilora.model import Model, new_model
+from minilora.loading import new_model
+from minilora.model import Model
 from minilora.optim import clip_grad_norm
 from minilora.tensor import definitions_only
 

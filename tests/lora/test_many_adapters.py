@@ -213,7 +213,7 @@ def test_dropout_in_any_micro_batch_keeps_a_step_from_being_recorded(monkeypatch
     recorded = []
     monkeypatch.setattr(step, "_recorded", lambda *_: recorded.append("recorded") or {})
     monkeypatch.setattr(step, "_forward_and_backward", lambda *_: recorded.append("launched") or {})
-    monkeypatch.setattr("minilora.models.causal_lm.Batch.on", lambda self, device: self)
+    monkeypatch.setattr("minilora.inputs.Batch.on", lambda self, device: self)
     tokens = np.ones((1, 6), int)
     for names in (["drops", "plain"], ["plain", "drops"], ["plain", "plain"]):
         step.gradients([(tokens, None, None, [name]) for name in names])

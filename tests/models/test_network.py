@@ -8,8 +8,8 @@ import pytest
 import minilora as ml
 from minilora import ops
 from minilora.errors import MiniloraError
+from minilora.inputs import IGNORED, segment_positions, shifted_labels
 from minilora.models import KVCache
-from minilora.models.causal_lm import IGNORED, segment_positions, shifted_labels
 from minilora.tensor import no_grad, observe
 from tests import tiny
 

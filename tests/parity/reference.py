@@ -112,7 +112,7 @@ def peft_parameters(model: Any) -> dict[str, Any]:
 
 def in_files(model: ml.Model, key: str, array: np.ndarray) -> np.ndarray:
     """An array of adapter "a" or of its shape, the way that files and PEFT have it: GPT-2's weights transposed."""
-    own = model._adapters.own["a"].get(key.removeprefix(ml.model.PEFT_PREFIX))
+    own = model._adapters.own["a"].get(key.removeprefix(ml.lora.PEFT_PREFIX))
     return array if own is None else own.as_in_files(array)
 
 
