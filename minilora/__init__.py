@@ -12,8 +12,9 @@ Importing it needs NumPy alone; the libraries that read and write files are impo
 from . import kernels as kernels  # registers the faster functions of the primitives in ops
 from . import ops
 from .backend import to_numpy
+from .comparison import GradientError
 from .errors import MiniloraError
-from .gradcheck import GradientError, dot_product_check, gradcheck, gradcheck_model, gradcheck_parameters
+from .gradcheck import dot_product_check, gradcheck, gradcheck_model, gradcheck_parameters
 from .loading import load_model, new_model
 from .lora import LoraConfig
 from .model import Model

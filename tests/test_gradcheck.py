@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import minilora as ml
 from minilora import backend, ops
+from minilora.comparison import GradientError
 from minilora.errors import MiniloraError
-from minilora.gradcheck import GradientError, dot_product_check, gradcheck, gradcheck_model, gradcheck_parameters
+from minilora.gradcheck import dot_product_check, gradcheck, gradcheck_model, gradcheck_parameters
 from minilora.tensor import Primitive, Tensor
 from tests import tiny
 from tests.cases.models import build

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "minilora"
 
 # The order in which the source is read: a file imports only what stands above it, or its own package.
 LAYERS = (
-    "errors backend tensor differences gradcheck ops kernels nn inputs models lora optim "
+    "errors backend tensor differences comparison gradcheck ops kernels nn inputs models lora optim "
     "files terminal formats data recording step train generate plan report model loading demo cli __main__"
 ).split()
 ENGINE = LAYERS[: LAYERS.index("optim") + 1]

@@ -37,7 +37,8 @@ def command(
     A layer is compared along random directions through all of its A and B together, and in single entries. What lies
     below the noise of the difference is undecided, and never counts as passed. Exit status 1 if a gradient is wrong.
     """
-    from ..gradcheck import GradientError, gradcheck_model
+    from ..comparison import GradientError
+    from ..gradcheck import gradcheck_model
     from ..loading import load_model
     from ..lora import LoraConfig
 

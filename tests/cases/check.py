@@ -11,7 +11,8 @@ import numpy as np
 
 from minilora import ops
 from minilora.backend import FLOAT_DTYPES, array_module, device_of, dtype_of, to_device
-from minilora.gradcheck import GradientError, dot_product_check, gradcheck
+from minilora.comparison import GradientError
+from minilora.gradcheck import dot_product_check, gradcheck
 from minilora.tensor import PRIMITIVES, Primitive, Tensor, backward, definitions_only
 
 from .case import Call, Case

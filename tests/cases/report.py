@@ -159,7 +159,7 @@ broadcast), strides, dtypes and every set of trained inputs (`tests/cases`):
     hand-derived vjp  =  autograd of the same function composed of other primitives  =  finite differences in float64
 
 The differences are central, extrapolated, and know their own error (`minilora/differences.py`): a gradient below the
-noise floor counts as undecided, never as passed (`minilora/gradcheck.py`). Whole networks of every family, each
+noise floor counts as undecided, never as passed (`minilora/comparison.py`). Whole networks of every family, each
 adapter's laws (merging, rows, accumulation, packing, checkpointing) and every kernel have tests of the same kind.
 
 Under dropout, gradients are checked with the masks held fixed; that they are projections of the merged weight's
