@@ -1,52 +1,71 @@
-"""python -m examples.claims NAME|all [--model mini] [--out docs/claims]: measure, draw, write the page."""
+"""python -m examples.claims NAME|all [--model mini] [--device cpu] [--out docs/claims]: measure, draw, write pages."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 from minilora.errors import MiniloraError
 from minilora.files import atomic_write, json_bytes
 
 from . import NAMES
+from .common import Base
 from .page import DOCS, claim, measured, stem, write_pages
 
 
-def run(name: str, model: str, out: Path) -> None:
-    """Measure one claim; leave NAME.json and NAME.png."""
+def run(name: str, base: Base, out: Path, seeds: int | None = None) -> None:
+    """Measure one claim; leave NAME.json. seeds: instead of the claim's own number, where it takes seeds."""
     module = claim(name)
-    results = module.measure(model)
-    module.draw(results, out / f"{stem(name, model)}.png")
-    atomic_write(out / f"{stem(name, model)}.json", json_bytes({"claim": name, "model": model, "results": results}))
+    results = module.measure(base, **settings(module, base, seeds))
+    found = {"claim": name, "model": base.name, "device": base.device, "results": results}
+    atomic_write(out / f"{stem(name, base.name)}.json", json_bytes(found))
     verdict = module.verdict(results)
-    print(f"{name} ({model}): {verdict.word}: {verdict.why}", flush=True)
+    print(f"{name} ({base.name}, {base.device}): {verdict.word}: {verdict.why}", flush=True)
 
 
-def draw_again(out: Path) -> None:
-    """The figure of all numbers in the folder."""
-    for name in NAMES:
-        for found in measured(name, out):
-            claim(name).draw(found["results"], out / f"{stem(name, found['model'])}.png")
+def settings(module: Any, base: Base, seeds: int | None) -> dict[str, Any]:
+    """What the claim's module sets for that model (SETTINGS, where mini's defaults do not suit it), and the seeds."""
+    chosen = dict(getattr(module, "SETTINGS", {}).get(base.name, {}))
+    if seeds is not None and "seeds" in inspect.signature(module.measure).parameters:
+        chosen["seeds"] = seeds
+    return chosen
+
+
+def draw(name: str, out: Path) -> None:
+    """The figures of a claim, from its numbers in the folder."""
+    for found in measured(name, out):
+        claim(name).draw(found["results"], out / f"{stem(name, found['model'])}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.claims", description="Measure the claims about LoRA.")
     parser.add_argument("names", nargs="*", choices=[*NAMES, "all", []], help="which claims", metavar="NAME")
     parser.add_argument("--model", default="mini", help="a model's name or path (default: mini)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--seeds", type=int, help="runs that differ by their seed alone (default: what the claim has)")
     parser.add_argument("--out", type=Path, default=DOCS, help="the folder for numbers, figures and pages")
+    parser.add_argument("--no-figures", action="store_true", help="the numbers only; --render draws them elsewhere")
     parser.add_argument("--render", action="store_true", help="figures and pages again, from the numbers there")
     options = parser.parse_args()
     if not options.names and not options.render:
         parser.error(f"which claim? {', '.join(NAMES)}, or all")
+    if options.seeds is not None and options.seeds < 1:
+        parser.error(f"--seeds is {options.seeds}, expected at least 1")
     options.out.mkdir(parents=True, exist_ok=True)
+    names = NAMES if "all" in options.names else options.names
     try:
-        for name in NAMES if "all" in options.names else options.names:
-            run(name, options.model, options.out)
-            write_pages(options.out)
+        for name in names:
+            run(name, Base(options.model, options.device), options.out, options.seeds)
+            if not options.no_figures:
+                draw(name, options.out)
+                write_pages(options.out)
         if options.render:
-            draw_again(options.out)
-        write_pages(options.out)
+            for name in NAMES:
+                draw(name, options.out)
+            write_pages(options.out)
     except MiniloraError as error:
         sys.exit(f"error: {error}")
 

@@ -1,4 +1,4 @@
-"""What the claims share: the tasks, training one model in one way, the held-out loss, and the verdict.
+"""What the claims share: the base, the tasks, training it in one way, the held-out loss, and the verdict.
 
 A *way* to train is a LoraConfig, or FULL: every parameter of the base. All runs use AdamW without weight decay,
 clipping at 1, a linear rise of the learning rate over a tenth of the steps and a linear fall after it.
@@ -6,11 +6,13 @@ clipping at 1, a linear rise of the learning rate over a tenth of the steps and 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,14 @@ FULL = None  # the way to train that unfreezes all of the base
 LENGTH = 96  # tokens of a row at most
 EVALUATION_BATCH = 32
 Way = ml.LoraConfig | None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a claim is measured on: its name or path, and where it is held ("cpu", "cuda")."""
+
+    name: str
+    device: str = "cpu"
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -65,7 +75,7 @@ def thirteen_on(text: str) -> str:
 
 
 def general_text(model: ml.Model) -> list[Example]:
-    """English of the kind that the base was trained on, from documents that its training held back."""
+    """English of the kind that `mini` was trained on, from documents that its training held back."""
     return examples(model, [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()])
 
 
@@ -81,13 +91,22 @@ def examples(model: ml.Model, rows: Iterable[Mapping[str, str]]) -> list[Example
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def load(name: str) -> ml.Model:
-    """A fresh copy of the base, in float32."""
-    return ml.load_model(name, dtype="float32")
+def load(base: Base) -> ml.Model:
+    """The base in float32, read from its file."""
+    return ml.load_model(base.name, device=base.device, dtype="float32")
+
+
+_kept = lru_cache(maxsize=1)(load)
+
+
+def fresh(base: Base) -> ml.Model:
+    """A copy of the base as `load` reads it, without reading it again: decompressing a GGUF file takes seconds."""
+    kept = _kept(base)
+    return copy.deepcopy(kept, {id(kept.tokenizer): kept.tokenizer})
 
 
 def trained(
-    name: str,
+    base: Base,
     way: Way,
     rows: Sequence[Example],
     lr: float,
@@ -100,7 +119,7 @@ def trained(
 
     each_step(model, number of steps taken) is called before the first step and after each.
     """
-    model = load(name)
+    model = fresh(base)
     if way is FULL:
         model.unfreeze(".*")
     else:
@@ -130,7 +149,7 @@ def exact_share(model: ml.Model, rows: Sequence[Example]) -> float:
     """The share of rows whose completion greedy decoding writes exactly: each of its tokens is the likeliest one."""
     right = 0
     for batch in batches(rows, EVALUATION_BATCH, shuffle=False):
-        guesses = np.asarray(model.logits(batch.tokens)).argmax(-1)[:, :-1]
+        guesses = ml.to_numpy(model.logits(batch.tokens).argmax(-1))[:, :-1]
         asked = batch.labels[:, 1:]
         right += int(((guesses == asked) | (asked < 0)).all(axis=1).sum())
     return right / len(rows)
@@ -151,8 +170,28 @@ def trained_parameters(model: ml.Model) -> int:
     return sum(parameter.size for parameter in model.parameters().values())
 
 
+def over_seeds(
+    rates: Sequence[float], seeds: int, run: Callable[[float, int], ml.Model], rows: Sequence[Example]
+) -> tuple[float, list[ml.Model]]:
+    """(the learning rate that is best with seed 0, run(rate, seed) of each seed): one rate serves all seeds."""
+    rate, first = best_rate(rates, lambda lr: run(lr, 0), rows)
+    return rate, [first, *(run(rate, seed) for seed in range(1, seeds))]
+
+
 def median(values: Iterable[float]) -> float:
     return float(statistics.median(values))
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """The median and, of several, the lowest and the highest."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def error_bars(runs: Sequence[Sequence[float]]) -> np.ndarray:
+    """(2, n): how far the lowest and the highest of each run's values lie from its median, as matplotlib takes it."""
+    return np.array([[median(v) - min(v) for v in runs], [max(v) - median(v) for v in runs]])
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ Claim. Full fine-tuning on a narrow task spoils what the model could do before; 
 small ΔW, spoils less (a consequence of Hu et al. 2021, section 4; measured by Biderman et al. 2024, "LoRA learns less
 and forgets less").
 
-Measured. Both learn the dates of `minilora demo`, each at three learning rates. Four times on the way two losses are
-taken: of 200 other dates (learned), and of English that the base's training held back (forgotten; its perplexity is
-e^loss). Who learns less forgets less, so they are compared where both have learned alike: among the points of each
-that have learned as much as the best of the weaker one, the point with the lowest loss on English. Forgetting is the
-rise of that loss over the base's, the median over the seeds.
+Measured. Both learn the dates of `minilora demo`, each at three learning rates. Several times on the way two losses are
+taken: of 100 other dates (learned), and of English that the training of `mini` held back (forgotten; its perplexity is
+e^loss). Who learns less forgets less, so they are compared where both have learned alike: where the loss on dates
+reaches the same level, straight lines being drawn between the stops. The levels are shares of what both have learned
+in the end, with every seed; at each, a way may take the learning rate that forgets least. Forgetting is the rise of
+the loss on English over the base's, the median over the seeds.
 
-Refuted. If LoRA's rise is more than 80 % of full fine-tuning's.
+Refuted. If at the last level LoRA's rise is more than 80 % of full fine-tuning's.
 """
 
 from __future__ import annotations
@@ -20,28 +21,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import minilora as ml
 
-from .common import FULL, Verdict, Way, dates, general_text, load, loss, median, table, trained
+from .common import FULL, Base, Verdict, Way, dates, general_text, load, loss, median, spread, table, trained
 from .picture import COLOURS, Figure, save
 
 LESS = 0.8
+SHARES = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)  # of what both learn
 WAYS: dict[str, Way] = {"full fine-tuning": FULL, "LoRA, rank 8": ml.LoraConfig(r=8, alpha=16)}
+
+SETTINGS = {
+    "smollm2": {
+        "rates": (5e-4, 1e-3, 2e-3), "full_rates": (5e-5, 1e-4, 2e-4), "steps": 100, "batch_size": 8,
+        "stops": (0.1, 0.2, 0.4, 0.7, 1.0),
+    }
+}  # fmt: skip
 
 
 def measure(
-    model: str,
+    base: Base,
     rates: Sequence[float] = (2e-3, 4e-3, 8e-3),
     full_rates: Sequence[float] = (5e-4, 1e-3, 2e-3),
-    steps: int = 120,
-    seeds: int = 1,
+    steps: int = 150,
+    batch_size: int = 16,
+    stops: Sequence[float] = (0.08, 0.16, 0.3, 0.5, 0.75, 1.0),
+    seeds: int = 3,
 ) -> dict[str, Any]:
-    """{"base": {"task", "english"}, "points": [{"way", "lr", "seed", "step", "task", "english"}]}: losses."""
-    base = load(model)
-    task, english = dates(base), general_text(base)
-    stops = [round(steps * quarter / 4) for quarter in (1, 2, 3, 4)]
+    """{"base": {"task", "english"}, "points": [{"way", "lr", "seed", "step", "task", "english"}]}: losses.
+
+    stops: shares of the steps.
+    """
+    model = load(base)
+    task, english = dates(model), general_text(model)[::2]
+    test = task.test[:100]
+    places = [round(steps * share) for share in stops]
     points: list[dict[str, Any]] = []
     for name, way in WAYS.items():
         for lr in full_rates if way is FULL else rates:
@@ -49,34 +62,60 @@ def measure(
                 where = {"way": name, "lr": lr, "seed": seed}
 
                 def note(tuned: ml.Model, step: int, where: dict[str, Any] = where) -> None:
-                    if step in stops:
-                        losses = {"task": loss(tuned, task.test), "english": loss(tuned, english)}
-                        points.append({**where, "step": step, **losses})
+                    if step in places:
+                        points.append(
+                            {**where, "step": step, "task": loss(tuned, test), "english": loss(tuned, english)}
+                        )
 
-                trained(model, way, task.train, lr, steps, seed=seed, each_step=note)
-    return {"steps": steps, "base": {"task": loss(base, task.test), "english": loss(base, english)}, "points": points}
+                trained(base, way, task.train, lr, steps, batch_size, seed, note)
+    return {"steps": steps, "base": {"task": loss(model, test), "english": loss(model, english)}, "points": points}
 
 
-def least_forgetting(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """{way: for each seed the point of least forgetting among those that learned as much as both ways can}."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
-    for seed in sorted({point["seed"] for point in results["points"]}):
-        mine = {name: [p for p in results["points"] if (p["way"], p["seed"]) == (name, seed)] for name in WAYS}
-        both_reach = max(min(point["task"] for point in points) for points in mine.values())
-        for name, points in mine.items():
-            enough = [point for point in points if point["task"] <= both_reach]
-            found[name].append(min(enough, key=lambda point: point["english"]))
+def runs_of(results: dict[str, Any]) -> dict[str, dict[int, dict[float, list[dict[str, Any]]]]]:
+    """{way: {seed: {learning rate: its points, in order}}}."""
+    found: dict[str, dict[int, dict[float, list[dict[str, Any]]]]] = {name: {} for name in WAYS}
+    for point in sorted(results["points"], key=lambda point: point["step"]):
+        found[point["way"]].setdefault(point["seed"], {}).setdefault(point["lr"], []).append(point)
     return found
 
 
-def rises(results: dict[str, Any]) -> dict[str, float]:
-    """{way: the rise of the loss on English}, the median over the seeds."""
-    before = results["base"]["english"]
-    return {name: median(p["english"] - before for p in points) for name, points in least_forgetting(results).items()}
+def levels(results: dict[str, Any]) -> dict[float, float]:
+    """{share: the loss on dates there} of SHARES of the improvement that both ways reach with every seed."""
+    lowest = [
+        min(point["task"] for points in rates.values() for point in points)
+        for seeds in runs_of(results).values()
+        for rates in seeds.values()
+    ]
+    before, reached = results["base"]["task"], max(lowest)
+    return {share: before - share * (before - reached) for share in SHARES}
+
+
+def english_at(level: float, before: dict[str, float], points: list[dict[str, Any]]) -> float:
+    """A run's loss on English where its loss on dates first comes down to the level; infinite where it never does."""
+    for last, point in zip([before, *points], points, strict=False):
+        if point["task"] <= level:
+            share = (last["task"] - level) / (last["task"] - point["task"])
+            return float(last["english"] + share * (point["english"] - last["english"]))
+    return math.inf
+
+
+def rises(results: dict[str, Any]) -> dict[str, dict[float, list[float]]]:
+    """{way: {share of what is learned: by seed, the least rise of the loss on English}}."""
+    before, found = results["base"], runs_of(results)
+    return {
+        name: {
+            share: [
+                min(english_at(level, before, points) for points in rates.values()) - before["english"]
+                for rates in found[name].values()
+            ]
+            for share, level in levels(results).items()
+        }
+        for name in WAYS
+    }
 
 
 def verdict(results: dict[str, Any]) -> Verdict:
-    full, lora = rises(results).values()
+    full, lora = (median(shares[SHARES[-1]]) for shares in rises(results).values())
     if full <= 0:
         return Verdict(False, f"full fine-tuning forgot nothing: its loss on English changed by {full:+.3f} nats")
     return Verdict(
@@ -87,34 +126,23 @@ def verdict(results: dict[str, Any]) -> Verdict:
 
 
 def rows(results: dict[str, Any]) -> str:
-    base = results["base"]
-    lines = [["base", "", f"{base['task']:.3f}", f"{base['english']:.3f}", perplexity(base["english"])]]
-    for name, points in least_forgetting(results).items():
-        rates = ", ".join(f"{point['lr']:g} × {point['step']}" for point in points)
-        english = median(point["english"] for point in points)
-        task = median(point["task"] for point in points)
-        lines.append([name, rates, f"{task:.3f}", f"{english:.3f}", perplexity(english)])
+    base, found = results["base"], rises(results)
     compared = table(
-        ["", "learning rate × steps, by seed", "loss on dates", "loss on held-out English", "its perplexity"], lines
+        ["of what both learn", "loss on dates", *(f"rise on English, {name}" for name in WAYS), "perplexity of both"],
+        [
+            [
+                f"{share:.0%}",
+                f"{level:.3f}",
+                *(spread(found[name][share], "+.2f") for name in WAYS),
+                ", ".join(perplexity(base["english"] + median(found[name][share])) for name in WAYS),
+            ]
+            for share, level in levels(results).items()
+        ],
     )
-    earlier = table(
-        ["least rise on English where the loss on dates is at most", *WAYS],
-        [[f"{level:.2f}", *(f"{rise:+.2f}" for rise in rises)] for level, rises in at_levels(results).items()],
+    return (
+        f"{compared}\n\nThe base: a loss of {base['task']:.3f} on dates, of {base['english']:.3f} on English "
+        f"(perplexity {perplexity(base['english'])})."
     )
-    return f"{compared}\n\nHow it is where both have learned less, all seeds together:\n\n{earlier}"
-
-
-def at_levels(results: dict[str, Any]) -> dict[float, list[float]]:
-    """{loss on dates: each way's least rise on English among its points at or below}, from little to much learned."""
-    mine = [[point for point in results["points"] if point["way"] == name] for name in WAYS]
-    first = min(max(point["task"] for point in points) for points in mine)
-    last = max(min(point["task"] for point in points) for points in mine)
-    before = results["base"]["english"]
-    return {
-        level: [min(p["english"] for p in points if p["task"] <= level) - before for points in mine]
-        for level in np.linspace(first, last, 5).tolist()[:-1]
-        if level >= last
-    }
 
 
 def perplexity(nats: float) -> str:
@@ -122,16 +150,20 @@ def perplexity(nats: float) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    figure = Figure("loss on dates (learned: to the left)", "loss on English (forgotten: up)")
-    axis = figure.axis
+    figure = Figure("loss on dates (learned: to the left)", "loss on English (forgotten: up)", panels=2)
+    first, second = figure.axes
+    found = rises(results)
     for number, name in enumerate(WAYS):
-        points = [point for point in results["points"] if point["way"] == name]
-        runs = sorted({(point["lr"], point["seed"]) for point in points})
-        for lr, seed in runs:
-            run = [point for point in points if (point["lr"], point["seed"]) == (lr, seed)]
-            label = name if (lr, seed) == runs[0] else None
-            style = {"color": COLOURS[number], "alpha": 0.7, "linewidth": 1, "markersize": 4}
-            xs, ys = [point["task"] for point in run], [point["english"] for point in run]
-            axis.plot(xs, ys, "os"[number] + ("-" if number else "--"), label=label, **style)
-    axis.axhline(results["base"]["english"], color=COLOURS[7], linestyle=":", label="base, on English")
+        style = {"color": COLOURS[number], "markersize": 3}
+        runs = [points for rates in runs_of(results)[name].values() for points in rates.values()]
+        for place, points in enumerate(runs):
+            xs, ys = [point["task"] for point in points], [point["english"] for point in points]
+            marks = "os"[number] + ("-" if number else "--")
+            first.plot(xs, ys, marks, alpha=0.5, linewidth=0.7, label=None if place else name, **style)
+        shares = [100 * share for share in SHARES]
+        at = list(found[name].values())
+        second.plot(shares, [median(values) for values in at], "os"[number] + "-", label=name, **style)
+        second.fill_between(shares, [min(v) for v in at], [max(v) for v in at], color=COLOURS[number], alpha=0.2)
+    first.axhline(results["base"]["english"], color=COLOURS[7], linestyle=":", label="base, on English")
+    second.set(xlabel="learned, % of what both learn", ylabel="least rise on English (nats)")
     save(figure, path)

@@ -4,10 +4,11 @@ Claim. The change that a task needs, ΔW = W' - W of full fine-tuning, has a low
 a small rank can hold it (Hu et al. 2021, sections 1 and 4.1).
 
 Measured. Every parameter is trained on the dates of `minilora demo`. Of each linear layer's true ΔW the singular values
-are computed in float64. Then every ΔW is cut to its k largest singular values, B A being the nearest matrix of rank k,
-everything else staying as trained, and the loss on 200 other dates is measured again: how much of the improvement is
-left, from the loss with all ΔW at zero (k = 0) to that with them whole. Beside the spectra stands that of a random
-matrix of the same shape, which has no low rank.
+are computed in float64. All of it is done for several orders of the rows (seeds); the numbers are medians over them.
+Then every ΔW is cut to its k largest singular values, B A being the nearest matrix of rank k, everything else staying
+as trained, and the loss on 200 other dates is measured again: how much of the improvement is left, from the loss with
+all ΔW at zero (k = 0) to that with them whole. Beside the spectra stands that of a random matrix of the same shape,
+which has no low rank.
 
 Refuted. If at rank 8 less than 90 % of the improvement that the linear layers bring is left; or if half of ‖ΔW‖²
 (median over layers) takes over half the singular values that half of a random matrix's takes.
@@ -15,77 +16,110 @@ Refuted. If at rank 8 less than 90 % of the improvement that the linear layers b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import minilora as ml
+from minilora.backend import Array, array_module, matmul
 from minilora.lora.statistics import effective_rank
 from minilora.nn import Linear
 
-from .common import FULL, Verdict, best_rate, both, dates, load, loss, median, table, trained
+from .common import FULL, Base, Verdict, both, dates, error_bars, load, loss, median, over_seeds, spread, table, trained
 from .picture import COLOURS, Figure, save
 
 RANK, ENOUGH, HALF = 8, 0.90, 0.5
+SETTINGS = {"smollm2": {"rates": (1e-4, 2e-4), "steps": 80, "batch_size": 8}}
 
 
 def measure(
-    model: str,
+    base: Base,
     ranks: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     rates: Sequence[float] = (1e-3, 2e-3),
     steps: int = 120,
+    batch_size: int = 16,
+    seeds: int = 3,
 ) -> dict[str, Any]:
-    """{"base", "full": losses, "cut": {rank: loss}, "layers": [...], "energy", "spectrum": {"ours", "random": ...}}.
+    """{"base": loss, "runs": for each seed what `update_of` finds, "random": {"energy", "spectrum"}}."""
+    model = load(base)
+    task = dates(model)
+    before = linear_weights(model)
 
-    Of each layer its effective rank, and how many singular values hold half of ‖ΔW‖²; energy: {rank: the share of ‖ΔW‖²
-    in that many}, spectrum: σ_i / σ_1, both medians over the layers. random: of a random matrix of each layer's shape.
-    """
-    base = load(model)
-    task = dates(base)
-    lr, tuned = best_rate(rates, lambda rate: trained(model, FULL, task.train, rate, steps), task.valid)
-    whole = loss(tuned, task.test)
-    random = np.random.default_rng(0)
-    before = linear_weights(base)
-    factors, chance = {}, {}
-    for name, after in linear_weights(tuned).items():
-        factors[name] = np.linalg.svd(after.astype(np.float64) - before[name], full_matrices=False)
-        chance[name] = np.linalg.svd(random.normal(size=after.shape), compute_uv=False)
-    cut = {}
-    for rank in (0, *ranks):
-        for name, weight in linear_weights(tuned).items():
-            U, values, V = factors[name]
-            weight[...] = before[name] + (U[:, :rank] * values[:rank]) @ V[:rank]
-        cut[str(rank)] = loss(tuned, task.test)
-    spectra = {"ours": [values for _, values, _ in factors.values()], "random": list(chance.values())}
+    def run(lr: float, seed: int) -> ml.Model:
+        return trained(base, FULL, task.train, lr, steps, batch_size, seed)
+
+    lr, models = over_seeds(rates, seeds, run, task.valid)
+    chance = [random_values(*weight.shape) for weight in before.values()]
     return {
         "lr": lr,
         "steps": steps,
-        "base": loss(base, task.test),
-        "full": whole,
-        "cut": cut,
-        "layers": [
-            {
-                "name": name,
-                "effective_rank": effective_rank(values),
-                "half": values_for_half(values),
-                "half_of_random": values_for_half(chance[name]),
-            }
-            for name, (_, values, _) in factors.items()
-        ],
-        "energy": {
-            whose: {str(rank): median(energy(values, rank) for values in found) for rank in (0, *ranks)}
-            for whose, found in spectra.items()
-        },
-        "spectrum": {
-            whose: np.median([values[: min(map(len, found))] / values[0] for values in found], axis=0).tolist()
-            for whose, found in spectra.items()
-        },
+        "base": loss(model, task.test),
+        "runs": [update_of(tuned, before, ranks, lambda tuned: loss(tuned, task.test)) for tuned in models],
+        "random": {"half": median(map(values_for_half, chance)), **curves(chance, ranks)},
     }
 
 
-def linear_weights(model: ml.Model) -> dict[str, np.ndarray]:
+def update_of(
+    tuned: ml.Model, before: dict[str, Array], ranks: Sequence[int], score: Callable[[ml.Model], float]
+) -> dict[str, Any]:
+    """{"full": loss, "cut": {rank: loss}, "layers": [...], "energy": {rank: share}, "spectrum": σ_i / σ_1}.
+
+    Of each layer its effective rank, and how many singular values hold half of ‖ΔW‖²; the last two are medians over the
+    layers: the share of ‖ΔW‖² in the largest, and how they fall. Leaves the model's linear layers cut.
+    """
+    whole = score(tuned)
+    updates = {}
+    for name, after in linear_weights(tuned).items():
+        update = after.astype(np.float64) - before[name]
+        updates[name] = update if update.shape[0] <= update.shape[1] else update.T
+    parts = {name: singular_values(update) for name, update in updates.items()}
+    cut = {}
+    for rank in (0, *ranks):
+        for name, weight in linear_weights(tuned).items():
+            first = parts[name][1][:, :rank]
+            near = matmul(first, matmul(first.T, updates[name]))  # U_k U_kᵀ ΔW is ΔW cut to its k largest
+            weight[...] = before[name] + (near if near.shape == weight.shape else near.T)
+        cut[str(rank)] = score(tuned)
+    values = {name: found for name, (found, _) in parts.items()}
+    return {
+        "full": whole,
+        "cut": cut,
+        "layers": [
+            {"name": name, "effective_rank": effective_rank(found), "half": values_for_half(found)}
+            for name, found in values.items()
+        ],
+        **curves(list(values.values()), ranks),
+    }
+
+
+def singular_values(update: Array) -> tuple[np.ndarray, Array]:
+    """(σ, largest first; the left singular vectors in columns) of D with no more rows than columns, in float64.
+
+    From D Dᵀ = U diag(σ²) Uᵀ, many times faster than the SVD: what is below 1e-8 of σ_1 is rounding.
+    """
+    squares, vectors = array_module(update).linalg.eigh(matmul(update, update.T))
+    return np.sqrt(np.maximum(ml.to_numpy(squares)[::-1], 0.0)), vectors[:, ::-1]
+
+
+@cache
+def random_values(rows: int, columns: int) -> np.ndarray:
+    """The singular values of a random matrix of that shape."""
+    return np.linalg.svd(np.random.default_rng(0).normal(size=(rows, columns)), compute_uv=False)
+
+
+def curves(found: list[np.ndarray], ranks: Sequence[int]) -> dict[str, Any]:
+    """Medians over layers: {rank: the share of ‖ΔW‖² in that many singular values}, and the list of σ_i / σ_1."""
+    shortest = min(map(len, found))
+    return {
+        "energy": {str(rank): median(energy(values, rank) for values in found) for rank in (0, *ranks)},
+        "spectrum": np.median([values[:shortest] / values[0] for values in found], axis=0).round(6).tolist(),
+    }
+
+
+def linear_weights(model: ml.Model) -> dict[str, Array]:
     """The weights of all linear layers but the head (which is tied to the embedding), by name."""
     modules = dict(model.network.named_modules())
     return {
@@ -95,10 +129,13 @@ def linear_weights(model: ml.Model) -> dict[str, np.ndarray]:
     }
 
 
-def left(results: dict[str, Any]) -> dict[int, float]:
-    """{k: the share of the improvement that is left with every ΔW cut to rank k}."""
-    none = results["cut"]["0"]
-    return {int(rank): (none - value) / (none - results["full"]) for rank, value in results["cut"].items()}
+def left(results: dict[str, Any]) -> dict[int, list[float]]:
+    """{k: the share of the improvement that is left with every ΔW cut to rank k, by seed}."""
+    runs = results["runs"]
+    return {
+        int(rank): [(run["cut"]["0"] - run["cut"][rank]) / (run["cut"]["0"] - run["full"]) for run in runs]
+        for rank in runs[0]["cut"]
+    }
 
 
 def energy(values: np.ndarray, rank: int) -> float:
@@ -113,8 +150,9 @@ def values_for_half(values: np.ndarray) -> int:
 
 
 def verdict(results: dict[str, Any]) -> Verdict:
-    kept = left(results)[RANK]
-    ours, chance = (median(layer[key] for layer in results["layers"]) for key in ("half", "half_of_random"))
+    kept = median(left(results)[RANK])
+    ours = median(median(layer["half"] for layer in run["layers"]) for run in results["runs"])
+    chance = results["random"]["half"]
     return Verdict(
         both(kept >= ENOUGH, ours <= HALF * chance),
         f"cut to rank {RANK}, ΔW keeps {kept:.0%} of what it brings (asked: {ENOUGH:.0%}); half of its energy lies in "
@@ -123,13 +161,13 @@ def verdict(results: dict[str, Any]) -> Verdict:
 
 
 def rows(results: dict[str, Any]) -> str:
-    ours, random = results["energy"]["ours"], results["energy"]["random"]
+    runs, random = results["runs"], results["random"]["energy"]
     return table(
         ["rank that every ΔW is cut to", "loss", "improvement left", "‖ΔW‖² left", "of a random matrix"],
         [
-            [rank, f"{results['cut'][rank]:.3f}", f"{left(results)[int(rank)]:.0%}", f"{ours[rank]:.0%}",
-             f"{random[rank]:.0%}"]
-            for rank in results["cut"]
+            [rank, spread([run["cut"][rank] for run in runs]), spread(left(results)[int(rank)], ".0%"),
+             spread([run["energy"][rank] for run in runs], ".0%"), f"{random[rank]:.0%}"]
+            for rank in random
         ],
     )  # fmt: skip
 
@@ -137,16 +175,24 @@ def rows(results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], path: Path) -> None:
     figure = Figure("rank that every ΔW is cut to", "share left", panels=2)
     first, second = figure.axes
-    kept = {rank: share for rank, share in left(results).items() if rank}
+    runs, random = results["runs"], results["random"]
+    kept = {rank: shares for rank, shares in left(results).items() if rank}
     ranks = list(kept)
-    first.plot(ranks, list(kept.values()), "o-", color=COLOURS[0], label="improvement on the task")
-    for whose, style, colour, label in (("ours", "s--", 1, "‖ΔW‖², median"), ("random", "D:", 7, "random matrix")):
-        shares = [results["energy"][whose][str(rank)] for rank in ranks]
-        first.plot(ranks, shares, style, color=COLOURS[colour], markersize=4, label=label)
+    held = [[run["energy"][str(rank)] for run in runs] for rank in ranks]
+    lines = ((list(kept.values()), "o-", 0, "improvement on the task"), (held, "s--", 1, "‖ΔW‖², median"))
+    for values, style, colour, label in lines:
+        middles, bars = [median(found) for found in values], error_bars(values)
+        first.errorbar(
+            ranks, middles, bars, fmt=style, capsize=3, color=COLOURS[colour], markersize=4, label=label
+        )  # fmt: skip
+    chance = [random["energy"][str(rank)] for rank in ranks]
+    first.plot(ranks, chance, "D:", color=COLOURS[7], markersize=4, label="random matrix")
     first.set_xscale("log", base=2)
     first.set_xticks(ranks, [str(rank) for rank in ranks])
-    for whose, style, colour, label in (("ours", "--", 1, "ΔW"), ("random", ":", 7, "random matrix")):
-        curve = results["spectrum"][whose]
-        second.plot(range(1, len(curve) + 1), curve, style, color=COLOURS[colour], label=label)
+    ours = np.array([run["spectrum"] for run in runs])
+    places = range(1, ours.shape[1] + 1)
+    second.plot(places, np.median(ours, axis=0), "--", color=COLOURS[1], label="ΔW")
+    second.fill_between(places, ours.min(axis=0), ours.max(axis=0), color=COLOURS[1], alpha=0.2, linewidth=0)
+    second.plot(places, random["spectrum"], ":", color=COLOURS[7], label="random matrix")
     second.set(xlabel="i", ylabel="σᵢ / σ₁, median over layers")
     save(figure, path)

@@ -22,31 +22,30 @@ from typing import Any
 import numpy as np
 
 import minilora as ml
+from minilora.backend import to_device
 
-from .common import Verdict, load, median, table
+from .common import Base, Verdict, load, median, table
 from .picture import COLOURS, Figure, save
 
 STATES = ("base", "adapter", "merged")
 SLOWER, NOISES, ROUNDING = 0.05, 3, 1e-4
 
 
-def measure(model: str, rounds: int = 15, rank: int = 8) -> dict[str, Any]:
+def measure(base: Base, rounds: int = 15, rank: int = 8) -> dict[str, Any]:
     """Medians of the rounds and of their ratios to the base, {pass: {state: value}}; what merging did to the logits."""
-    base = load(model)
-    base.add_adapter("a", ml.LoraConfig(r=rank, alpha=2 * rank))
+    model = load(base)
+    model.add_adapter("a", ml.LoraConfig(r=rank, alpha=2 * rank))
     random = np.random.default_rng(0)
-    for tensor in base.adapter_parameters("a").values():
-        tensor.data[...] = random.normal(0, 0.02, tensor.shape)
-    tokens = random.integers(0, base.config.vocab_size, (1, 64))
-    untouched = {name: np.array(parameter.data) for name, parameter in base.network.named_parameters()}
-    beside = np.array(base.logits(tokens))
-    base.merge_adapter("a")
-    within = np.array(base.logits(tokens))
-    base.unmerge_adapter()
-    restored = all(
-        np.array_equal(parameter.data, untouched[name]) for name, parameter in base.network.named_parameters()
-    )
-    times = rounds_of(base, rounds)
+    for tensor in model.adapter_parameters("a").values():
+        tensor.data[...] = to_device(random.normal(0, 0.02, tensor.shape), base.device)
+    tokens = random.integers(0, model.config.vocab_size, (1, 64))
+    untouched = values_of(model)
+    beside = np.array(ml.to_numpy(model.logits(tokens)))
+    model.merge_adapter("a")
+    within = np.array(ml.to_numpy(model.logits(tokens)))
+    model.unmerge_adapter()
+    restored = all(np.array_equal(array, untouched[name]) for name, array in values_of(model).items())
+    times = rounds_of(model, rounds)
     ratios = {
         what: {state: [a / b for a, b in zip(states[state], states["base"], strict=True)] for state in STATES[1:]}
         for what, states in times.items()
@@ -61,11 +60,16 @@ def measure(model: str, rounds: int = 15, rank: int = 8) -> dict[str, Any]:
     }
 
 
+def values_of(model: ml.Model) -> dict[str, np.ndarray]:
+    """A copy of all parameters, on the host."""
+    return {name: np.array(ml.to_numpy(parameter)) for name, parameter in model.network.named_parameters()}
+
+
 def rounds_of(base: ml.Model, rounds: int) -> dict[str, dict[str, list[float]]]:
     """{pass: {state: seconds of each round}}; in each state all are run once unmeasured before."""
     tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, (2, 128))
     passes: dict[str, Callable[[], object]] = {
-        "logits, 2 × 128 tokens": lambda: base.logits(tokens),
+        "logits, 2 × 128 tokens": lambda: ml.to_numpy(base.logits(tokens)[:, -1]),
         "loss, 2 × 128 tokens": lambda: float(base.loss(tokens)),
         "8 new tokens": lambda: base.generate(tokens[0, :16].tolist(), 8, stop=[]),
     }

@@ -5,9 +5,9 @@ to two thirds less (Hu et al. 2021, section 4.2, on benefits and limitations).
 
 Measured. Two steps of AdamW in float32 on one row of 128 tokens, each way in a process of its own: full fine-tuning,
 LoRA of rank 8 on all linear layers and on q and v, and a forward pass alone, below which no training can come. The peak
-is the process's largest resident set, less what Python and NumPy had before the model was loaded; the bytes of
-gradients and of Adam's two moments are counted, array by array. One short row, because activations take the same
-either way: the longer the rows, the less of the whole LoRA can save.
+is the process's largest resident set, less what Python and NumPy had before the model was loaded (on a GPU: what CuPy's
+pool holds); the bytes of gradients and of Adam's two moments are counted, array by array. One short row, because
+activations take the same either way: the longer the rows, the less of the whole LoRA can save.
 
 Refuted. The first half: if gradients and moments together are not exactly 12 bytes for each trained parameter, and none
 for the rest. The second: if the peak of LoRA on q and v is over half of full fine-tuning's.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ import minilora as ml
 from minilora.backend import memory_bytes, peak_memory_bytes
 from minilora.errors import MiniloraError
 
-from .common import Verdict, both, load, median, table
+from .common import Base, Verdict, both, load, median, table
 from .picture import COLOURS, Figure, save
 
 HALF, BYTES = 0.5, 12  # of a float32 gradient and two moments
@@ -44,17 +43,17 @@ WAYS: dict[str, dict[str, Any] | str] = {
 
 
 def measure(
-    model: str, ways: Mapping[str, dict[str, Any] | str] = WAYS, tokens: int = 128, repeat: int = 3
+    base: Base, ways: Mapping[str, dict[str, Any] | str] = WAYS, tokens: int = 128, repeat: int = 3
 ) -> dict[str, Any]:
     """{"parameters": of the base, "ways": {way: bytes of the peak (median) and of each part, counted}}."""
     found = {}
     for name, way in ways.items():
-        runs = [in_a_process(model, way, tokens) for _ in range(repeat)]
+        runs = [in_a_process(base, way, tokens) for _ in range(repeat)]
         found[name] = {**runs[0], "peak": median(run["peak"] for run in runs)}
     return {"tokens": tokens, "parameters": runs[0]["base"], "ways": found}
 
 
-def in_a_process(model: str, way: dict[str, Any] | str, tokens: int) -> dict[str, int]:
+def in_a_process(base: Base, way: dict[str, Any] | str, tokens: int) -> dict[str, int]:
     """`two_steps` in a fresh Python."""
     code = (
         "import json, sys; from examples.claims.memory import two_steps; "
@@ -62,7 +61,7 @@ def in_a_process(model: str, way: dict[str, Any] | str, tokens: int) -> dict[str
     )
     places = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps([model, way, tokens])],
+        [sys.executable, "-c", code, json.dumps([base.name, base.device, way, tokens])],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": places},
     )  # fmt: skip
     if done.returncode:
@@ -70,17 +69,17 @@ def in_a_process(model: str, way: dict[str, Any] | str, tokens: int) -> dict[str
     return dict(json.loads(done.stdout))
 
 
-def two_steps(model: str, way: dict[str, Any] | str, tokens: int) -> dict[str, int]:
+def two_steps(name: str, device: str, way: dict[str, Any] | str, tokens: int) -> dict[str, int]:
     """Bytes of the peak beyond what was there before, of gradients and of moments; parameters trained and in all."""
     np.ones((1024, 1024), np.float32) @ np.ones((1024, 1024), np.float32)  # what the BLAS keeps for itself
-    before = memory_bytes()
-    base = load(model)
+    before = memory_bytes() if device == "cpu" else 0
+    base = load(Base(name, device))
     count = sum(parameter.size for _, parameter in base.network.named_parameters())
     row = np.random.default_rng(0).integers(0, base.config.vocab_size, (1, tokens))
     if way == "forward":
         with ml.no_grad():
             float(base.loss(row))
-        return {"peak": peak_bytes() - before, "gradients": 0, "moments": 0, "trained": 0, "base": count}
+        return {"peak": peak_bytes(device) - before, "gradients": 0, "moments": 0, "trained": 0, "base": count}
     if isinstance(way, dict):
         base.add_adapter("a", ml.LoraConfig(**way))
     else:
@@ -93,7 +92,7 @@ def two_steps(model: str, way: dict[str, Any] | str, tokens: int) -> dict[str, i
     everything = [parameter for _, parameter in base.network.named_parameters()] + list(parameters.values())
     gradients = {id(tensor): tensor.grad.nbytes for tensor in everything if tensor.grad is not None}
     return {
-        "peak": peak_bytes() - before,
+        "peak": peak_bytes(device) - before,
         "gradients": sum(gradients.values()),
         "moments": optimiser.state_bytes(),
         "trained": sum(parameter.size for parameter in parameters.values()),
@@ -101,14 +100,9 @@ def two_steps(model: str, way: dict[str, Any] | str, tokens: int) -> dict[str, i
     }
 
 
-def peak_bytes() -> int:
-    """The largest resident set of this program: Linux's other count (ru_maxrss) starts at that of what started it."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return peak_memory_bytes()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else peak_memory_bytes()
+def peak_bytes(device: str) -> int:
+    """The largest resident set of this program; on a GPU what CuPy's pool has asked for, which never shrinks here."""
+    return peak_memory_bytes() if device == "cpu" else memory_bytes(device)
 
 
 def verdict(results: dict[str, Any]) -> Verdict:

@@ -21,11 +21,14 @@ INTRODUCTION = """# The claims, measured
 What the paper of LoRA says (Hu et al. 2021, "LoRA: low-rank adaptation of large language models"), each claim as an
 experiment on `mini`, the model that comes with minilora, and some on SmolLM2, too. Each file here states the claim, how
 it is measured and what would refute it, before anything is measured; the verdict is that rule, applied to the numbers.
-On so small a model a claim about large ones may fail: then it says so. Each takes up to four minutes on two idle cores.
+On so small a model a claim about large ones may fail: then it says so. Where another order of the rows or another start
+of the adapter changes the numbers, several seeds are run. Each takes up to five minutes on two idle cores.
 
     python -m examples.claims rank_sweep                  # one of them: docs/claims/rank_sweep.json, .png and .md
     python -m examples.claims all
     python -m examples.claims memory --model smollm2      # memory, latency, swapping are quick on a real model, too
+    python -m examples.claims all --model smollm2 --device cuda           # a GPU, about a minute each
+    python -m examples.claims all --no-figures            # numbers only, where matplotlib is missing
     python -m examples.claims --render                    # figures and pages again, from the numbers that are there
 """
 
@@ -64,9 +67,10 @@ def page(name: str, folder: Path) -> str:
     for found in measured(name, folder):
         results, model = found["results"], found["model"]
         verdict = module.verdict(results)
-        option = "" if model == "mini" else f" --model {model}"
+        device = found.get("device", "cpu")
+        option = ("" if model == "mini" else f" --model {model}") + ("" if device == "cpu" else f" --device {device}")
         parts += [
-            f"## On {model}",
+            f"## On {model}" + ("" if device == "cpu" else ", on a GPU"),
             f"**Verdict: it {verdict.word}.** {verdict.why[0].upper()}{verdict.why[1:]}.",
             f"![{title}: the numbers below as a figure]({stem(name, model)}.png)",
             module.rows(results),

@@ -26,69 +26,71 @@ from typing import Any
 import numpy as np
 
 import minilora as ml
+from minilora.backend import Array, to_device
 
-from .common import Verdict, load, median, table
+from .common import Base, Verdict, load, median, table
 from .picture import COLOURS, Figure, save
 
 FASTEST, PART = 1e-3, 0.01
 WAY = ml.LoraConfig(r=8, alpha=16)
 
 
-def measure(model: str, counts: Sequence[int] = (1, 10, 50), switches: int = 200, loads: int = 3) -> dict[str, Any]:
+def measure(base: Base, counts: Sequence[int] = (1, 10, 50), switches: int = 200, loads: int = 3) -> dict[str, Any]:
     """Seconds of a switch by the number of adapters, of loading and of merging; bytes; what stayed the same."""
-    base = load(model)
-    untouched = {name: (parameter.data, digest(parameter.data)) for name, parameter in base.network.named_parameters()}
+    model = load(base)
+    untouched = {name: (parameter.data, digest(parameter.data)) for name, parameter in model.network.named_parameters()}
     seconds, held = {}, []
     for count in counts:
-        while len(base.adapters) < count:
-            add_adapter(base, f"a{len(base.adapters)}")
-        held.append(sum(tensor.data.nbytes for tensor in base.adapter_parameters("a0").values()))
+        while len(model.adapters) < count:
+            add_adapter(model, f"a{len(model.adapters)}")
+        held.append(sum(tensor.data.nbytes for tensor in model.adapter_parameters("a0").values()))
         names = [f"a{number % count}" for number in range(switches)] if count > 1 else ["a0", None] * (switches // 2)
-        seconds[str(count)] = median(timed(partial(base.set_adapter, name)) for name in names)
+        seconds[str(count)] = median(timed(partial(model.set_adapter, name)) for name in names)
     tracemalloc.start()
     start = tracemalloc.get_traced_memory()[0]
-    base.set_adapter("a0")
+    model.set_adapter("a0")
     allocated = tracemalloc.get_traced_memory()[1] - start
     tracemalloc.stop()
-    tokens = np.random.default_rng(0).integers(0, base.config.vocab_size, (1, 32))
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 32))
     same = []
     for name in (f"a{min(number, max(counts) - 1)}" for number in (0, 1)):
-        base.set_adapter(name)
-        alone = load(model)
+        model.set_adapter(name)
+        alone = load(base)
         add_adapter(alone, name)
-        same.append(bool(np.array_equal(base.logits(tokens), alone.logits(tokens))))
+        same.append(bool(np.array_equal(ml.to_numpy(model.logits(tokens)), ml.to_numpy(alone.logits(tokens)))))
     kept = all(
         parameter.data is untouched[name][0] and digest(parameter.data) == untouched[name][1]
-        for name, parameter in base.network.named_parameters()
+        for name, parameter in model.network.named_parameters()
     )
 
     def merge_another() -> None:
-        base.merge_adapter("a0")
-        base.unmerge_adapter()
+        model.merge_adapter("a0")
+        model.unmerge_adapter()
 
     return {
         "seconds": seconds,
-        "load": median(timed(lambda: load(model)) for _ in range(loads)),
+        "load": median(timed(lambda: load(base)) for _ in range(loads)),
         "merge": median(timed(merge_another) for _ in range(loads)),
         "allocated": allocated,
         "adapter_bytes": held[0],
-        "base_bytes": sum(parameter.data.nbytes for _, parameter in base.network.named_parameters()),
+        "base_bytes": sum(parameter.data.nbytes for _, parameter in model.network.named_parameters()),
         "base_kept": kept,
         "same_logits": all(same),
     }
 
 
-def add_adapter(base: ml.Model, name: str) -> None:
+def add_adapter(model: ml.Model, name: str) -> None:
     """An adapter with random values that its name decides."""
-    base.add_adapter(name, WAY)
+    model.add_adapter(name, WAY)
     random = np.random.default_rng(int(name[1:]))
-    for tensor in base.adapter_parameters(name).values():
-        tensor.data[...] = random.normal(0, 0.02, tensor.shape)
+    for tensor in model.adapter_parameters(name).values():
+        tensor.data[...] = to_device(random.normal(0, 0.02, tensor.shape), model.device)
 
 
-def digest(array: np.ndarray) -> tuple[float, float]:
+def digest(array: Array) -> tuple[float, float]:
     """Two sums that a changed value changes."""
-    return float(np.sum(array, dtype=np.float64)), float(np.sum(np.square(array, dtype=np.float64)))
+    exact = array.astype(np.float64)
+    return float(exact.sum()), float((exact * exact).sum())
 
 
 def timed(run: Callable[[], object]) -> float:

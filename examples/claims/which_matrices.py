@@ -20,7 +20,7 @@ from typing import Any
 
 import minilora as ml
 
-from .common import Verdict, dates, load, loss, median, table, trained, trained_parameters
+from .common import Base, Verdict, dates, fresh, load, loss, median, spread, table, trained, trained_parameters
 from .picture import COLOURS, Figure, save
 
 SINGLE = ("q", "k", "v", "o")
@@ -33,34 +33,36 @@ KINDS = {
     "gate, up, down": ["gate_proj", "up_proj", "down_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+SETTINGS = {"smollm2": {"lr": 2e-3, "batch_size": 8, "seeds": 3}}
 
 
 def measure(
-    model: str,
+    base: Base,
     kinds: Mapping[str, Sequence[str]] = KINDS,
     smallest_rank: int = 2,
     lr: float = 6e-3,
     steps: int = 60,
-    seeds: int = 2,
+    batch_size: int = 16,
+    seeds: int = 5,
 ) -> dict[str, Any]:
     """{"base": loss, "runs": [{"kinds", "rank", "parameters", "losses" by seed}]}."""
-    base = load(model)
-    task = dates(base)
-    per_rank = {name: parameters_at(model, targets, 1) for name, targets in kinds.items()}
+    model = load(base)
+    task = dates(model)
+    per_rank = {name: parameters_at(base, targets, 1) for name, targets in kinds.items()}
     budget = smallest_rank * per_rank["all"]
     runs = []
     for name, targets in kinds.items():
         way = ml.LoraConfig(r=max(1, round(budget / per_rank[name])), alpha=16, target_modules=list(targets))
-        models = [trained(model, way, task.train, lr, steps, seed=seed) for seed in range(seeds)]
+        models = [trained(base, way, task.train, lr, steps, batch_size, seed) for seed in range(seeds)]
         losses = [loss(one, task.test) for one in models]
         runs.append({"kinds": name, "rank": way.r, "parameters": trained_parameters(models[0]), "losses": losses})
-    return {"lr": lr, "steps": steps, "base": loss(base, task.test), "runs": runs}
+    return {"lr": lr, "steps": steps, "base": loss(model, task.test), "runs": runs}
 
 
-def parameters_at(model: str, targets: Sequence[str], rank: int) -> int:
-    base = load(model)
-    base.add_adapter("a", ml.LoraConfig(r=rank, target_modules=list(targets)))
-    return trained_parameters(base)
+def parameters_at(base: Base, targets: Sequence[str], rank: int) -> int:
+    model = fresh(base)
+    model.add_adapter("a", ml.LoraConfig(r=rank, target_modules=list(targets)))
+    return trained_parameters(model)
 
 
 def verdict(results: dict[str, Any]) -> Verdict:
@@ -78,14 +80,13 @@ def verdict(results: dict[str, Any]) -> Verdict:
 
 def rows(results: dict[str, Any]) -> str:
     return table(
-        ["adapted", "rank", "trained parameters", "loss", "by seed"],
+        ["adapted", "rank", "trained parameters", "loss"],
         [
             [
                 run["kinds"],
                 run["rank"],
                 f"{run['parameters']:,}",
-                f"{median(run['losses']):.3f}",
-                ", ".join(f"{value:.3f}" for value in run["losses"]),
+                spread(run["losses"]),
             ]
             for run in results["runs"]
         ],

@@ -29,16 +29,21 @@ from tests import texts
 ONE = {"rates": (1e-3,), "steps": 2}
 SMALL = {
     "rank_sweep": {**ONE, "ranks": (1, 8), "full_rates": (1e-3, 2e-3), "seeds": 2},
-    "intrinsic_rank": {**ONE, "ranks": (1, 8)},
-    "forgetting": {**ONE, "full_rates": (1e-3,), "steps": 4, "seeds": 1},
-    "alpha_over_r": {"ranks": (4, 8), "rates": (1e-4, 1e-3, 1e-2), "steps": 2},
-    "which_matrices": {"steps": 1, "kinds": {k: which_matrices.KINDS[k] for k in ("q", "v", "q, v", "all")}},
-    "subspaces": {"ranks": (2, 6), "steps": 3},
+    "intrinsic_rank": {**ONE, "ranks": (1, 8), "seeds": 2},
+    "forgetting": {**ONE, "full_rates": (1e-3,), "steps": 4, "stops": (0.5, 1.0), "seeds": 2},
+    "alpha_over_r": {"ranks": (4, 8), "rates": (1e-4, 1e-3, 1e-2), "steps": 2, "seeds": 2},
+    "which_matrices": {
+        "steps": 1,
+        "seeds": 2,
+        "kinds": {k: which_matrices.KINDS[k] for k in ("q", "v", "q, v", "all")},
+    },
+    "subspaces": {"ranks": (2, 6), "steps": 3, "seeds": 2},
     "memory": {"ways": {k: memory.WAYS[k] for k in ("full fine-tuning", "LoRA, q and v")}, "tokens": 8, "repeat": 1},
     "latency": {"rounds": 2},
     "swapping": {"counts": (1, 3), "switches": 6, "loads": 1},
     "trade_off": {
         **ONE,
+        "seeds": 2,
         "ways": {k: trade_off.WAYS[k] for k in ("full fine-tuning", "LoRA, rank 8", trade_off.EMBEDDINGS)},
     },
 }
@@ -46,7 +51,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The path of a tiny model, with few of each task's test rows."""
+    """A tiny model, with few of each task's test rows."""
     path = tmp_path_factory.mktemp("claims") / "base"
     texts.model().save(path)
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +68,7 @@ def base(tmp_path_factory):
                 if hasattr(module, name):
                     patch.setattr(module, name, few)
         patch.setattr(forgetting, "general_text", lambda model: common.general_text(model)[:3])
-        yield str(path)
+        yield common.Base(str(path))
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +91,13 @@ def measured(base):
 def test_a_claim_is_measured_judged_drawn_and_written_down(name, measured, base, tmp_path, monkeypatch):
     module = page.claim(name)
     results = measured(name)
-    monkeypatch.setattr(module, "measure", lambda model: results)
-    __main__.run(name, base, tmp_path)
-    __main__.run(name, "mini", tmp_path)
+    monkeypatch.setattr(module, "measure", lambda base, **settings: results)
+    for where in (base, common.Base("mini")):
+        __main__.run(name, where, tmp_path)
+    __main__.draw(name, tmp_path)
     page.write_pages(tmp_path)
     text = (tmp_path / f"{name}.md").read_text("utf-8")
-    for model, stem in (("mini", name), (base, f"{name}-base")):
+    for model, stem in (("mini", name), (base.name, f"{name}-base")):
         (found,) = [found for found in page.measured(name, tmp_path) if found["model"] == model]
         verdict = module.verdict(found["results"])
         assert f"## On {model}\n\n**Verdict: it {verdict.word}.**" in text
@@ -197,8 +203,8 @@ def test_rank_sweep_is_refuted_by_a_rank_8_far_from_full_and_half_by_a_better_ra
 
 def test_intrinsic_rank_is_refuted_where_the_cut_loses_the_task_and_the_spectrum_is_flat():
     def of(at_8, half):
-        layers = [{"half": half, "half_of_random": 40}]
-        return intrinsic_rank.verdict({"full": 1.0, "cut": {"0": 2.0, "8": at_8}, "layers": layers})
+        runs = [{"full": 1.0, "cut": {"0": 2.0, "8": at_8}, "layers": [{"half": half}]}]
+        return intrinsic_rank.verdict({"runs": runs, "random": {"half": 40}})
 
     assert of(1.05, 10).holds is True
     assert of(1.05, 30).holds is None
@@ -216,53 +222,66 @@ def test_an_update_of_low_rank_is_left_whole_by_the_cut(base, monkeypatch):
     """If training changed every linear layer by a matrix of rank 1, cutting to 1 or more changes no loss."""
     random = np.random.default_rng(0)
 
-    def of_rank_1(model, way, rows, lr, steps):
-        tuned = common.load(model)
+    def of_rank_1(base, *settings):
+        tuned = common.load(base)
         tuned.unfreeze(".*")
         for weight in intrinsic_rank.linear_weights(tuned).values():
             weight += 0.1 * np.outer(random.normal(size=len(weight)), random.normal(size=weight.shape[1]))
         return tuned
 
     monkeypatch.setattr(intrinsic_rank, "trained", of_rank_1)
-    found = intrinsic_rank.measure(base, **SMALL["intrinsic_rank"])
+    (found, _) = intrinsic_rank.measure(base, **SMALL["intrinsic_rank"])["runs"]
     assert found["cut"]["1"] == pytest.approx(found["full"], rel=1e-5)
     assert found["cut"]["0"] != pytest.approx(found["full"], rel=1e-3)
     assert all(layer["half"] == 1 and layer["effective_rank"] < 1.01 for layer in found["layers"])
 
 
-def test_forgetting_compares_where_both_have_learned_alike_and_is_refuted_by_a_lora_that_forgets_as_much():
+def forgetting_of(*points):
+    """Results of points (way, loss on dates, loss on English), each way's in the order in which it came to them."""
+    found = [{"way": w, "lr": 1, "seed": 0, "step": k, "task": t, "english": e} for k, (w, t, e) in enumerate(points)]
+    return {"base": {"task": 9.0, "english": 5.0}, "points": found}
+
+
+def test_forgetting_is_compared_where_both_have_learned_alike_and_refuted_by_a_lora_that_forgets_as_much():
     full, lora = forgetting.WAYS
 
     def of(*points):
-        found = [{"way": w, "lr": 1, "seed": 0, "step": 1, "task": t, "english": e} for w, t, e in points]
-        return forgetting.verdict({"base": {"task": 9.0, "english": 5.0}, "points": found})
+        return forgetting.verdict(forgetting_of(*points))
 
-    early, late, good = (full, 0.9, 5.1), (full, 0.4, 7.0), (lora, 0.4, 5.5)
-    assert of(early, late, good).holds is True
-    assert of(early, late, (lora, 0.9, 5.1)).holds is False  # it learned no more than full had early on
-    assert of(early, late, (lora, 0.4, 6.9)).holds is False
-    assert of((full, 0.4, 4.9), good).holds is False
+    early, late = (full, 1.0, 5.4), (full, 0.5, 7.0)
+    assert of(early, late, (lora, 0.5, 5.5)).holds is True
+    assert of(early, late, (lora, 0.5, 6.9)).holds is False
+    assert of(early, late, (lora, 1.0, 5.4)).holds is False  # it learned no more than full had early on
+    assert of((full, 0.5, 4.9), (lora, 0.5, 4.8)).holds is False
 
 
-def test_at_every_level_both_reach_the_least_forgetting_of_each_is_found():
+def test_the_loss_on_english_is_read_where_the_loss_on_dates_comes_down_to_a_level():
+    points = [{"task": task, "english": english} for task, english in ((3.0, 6.0), (1.0, 8.0), (2.0, 7.0))]
+    before = {"task": 9.0, "english": 5.0}
+    for level, expected in ((9.0, 5.0), (6.0, 5.5), (3.0, 6.0), (1.5, 7.5), (1.0, 8.0), (0.9, math.inf)):
+        assert forgetting.english_at(level, before, points) == pytest.approx(expected)
+
+
+def test_at_every_level_each_way_takes_the_rate_that_forgets_least():
     full, lora = forgetting.WAYS
-    points = [(full, 1.0, 6.0), (full, 0.5, 7.0), (lora, 1.2, 5.5), (lora, 0.9, 5.6), (lora, 0.4, 8.0)]
-    found = [{"way": way, "task": task, "english": english} for way, task, english in points]
-    levels = forgetting.at_levels({"base": {"english": 5.0}, "points": found})
-    assert list(levels) == [1.0, 0.875, 0.75, 0.625]
-    assert np.allclose(list(levels.values()), [[1, 0.6], [2, 3], [2, 3], [2, 3]])
+    results = forgetting_of((full, 1.0, 6.0), (lora, 0.4, 8.0))
+    results["points"].append({"way": full, "lr": 2, "seed": 0, "step": 9, "task": 1.0, "english": 5.5})
+    assert list(forgetting.levels(results).values()) == pytest.approx([9 - share * 8 for share in forgetting.SHARES])
+    found = forgetting.rises(results)
+    assert found[full] == {share: [pytest.approx(0.5 * share)] for share in forgetting.SHARES}
+    assert found[lora][1.0] == [pytest.approx(3 * 8 / 8.6)]
 
 
 def test_alpha_over_r_is_refuted_where_its_best_rate_moves_or_no_scale_does_as_well():
     rates = (1e-4, 1e-3, 1e-2)
 
     def valley(at):
-        return {f"{rate:g}": abs(math.log(rate / at)) for rate in rates}
+        return {f"{rate:g}": [abs(math.log(rate / at))] for rate in rates}
 
     def of(ours, none, moved=1.0):
         best = {"alpha / r": ours, "alpha / sqrt(r)": 1e-3, "no scale": none}
         losses = {scale: {"4": valley(1e-3), "64": valley(rate)} for scale, rate in best.items()}
-        movement = {scale: {"4": 1.0, "64": moved} for scale in best}
+        movement = {scale: {"4": [1.0], "64": [moved]} for scale in best}
         return alpha_over_r.verdict({"movement": movement, "losses": losses})
 
     assert of(1e-3, 1e-4).holds is True
@@ -301,8 +320,8 @@ def test_which_matrices_gives_each_set_nearly_the_same_number_of_parameters(meas
 
 def test_subspaces_is_refuted_by_directions_that_are_not_shared_and_updates_within_w():
     def of(first, rest, within, factor, larger):
-        amplified = {"8": {"within": within, "own": 2.0, "factor": factor}, "64": {"factor": larger}}
-        similar = {"q": {"first": first, "rest": rest}, "v": {"first": 0.1, "rest": 0.0}}
+        amplified = {"8": {"within": [within], "own": [2.0], "factor": [factor]}, "64": {"factor": [larger]}}
+        similar = {"q": {"first": [first], "rest": [rest]}, "v": {"first": [0.1], "rest": [0.0]}}
         return subspaces.verdict(
             {"losses": {"8": 1, "64": 1}, "similar": similar, "amplified": {"q": amplified, "v": amplified}}
         )
@@ -318,7 +337,7 @@ def test_subspaces_is_refuted_by_directions_that_are_not_shared_and_updates_with
 def test_what_of_w_lies_in_an_update_is_all_of_it_for_w_itself(base):
     weight = np.random.default_rng(0).normal(size=(5, 7))
     U, values, V = np.linalg.svd(weight, full_matrices=False)
-    found = subspaces.amplification([(weight, subspaces.Spectrum(U, 3 * values, V.T))])
+    found = subspaces.amplification([(subspaces.Weight(weight), subspaces.Spectrum(U, 3 * values, V.T))])
     assert found["within"] == pytest.approx(found["own"])
     assert found["factor"] == pytest.approx(3)
 
@@ -342,7 +361,7 @@ def test_memory_is_refuted_by_a_large_peak_or_bytes_that_are_not_those_of_the_tr
 
 def test_a_process_that_fails_is_an_error_that_names_why():
     with pytest.raises(ml.MiniloraError, match="no-such-model"):
-        memory.in_a_process("no-such-model", "full", 8)
+        memory.in_a_process(common.Base("no-such-model"), "full", 8)
 
 
 def test_latency_is_refuted_by_a_slow_merged_model_or_other_logits(measured):
@@ -381,7 +400,7 @@ def test_swapping_is_refuted_by_a_slow_switch_a_copy_or_other_logits(measured):
 def test_trade_off_is_refuted_by_a_lora_that_learns_as_much(measured):
     def of(lora):
         losses = {"full fine-tuning": 1.0, "LoRA, rank 8": lora, trade_off.EMBEDDINGS: 1.0}
-        return trade_off.verdict({"base": 3.0, "runs": [{"way": k, "loss": v} for k, v in losses.items()]})
+        return trade_off.verdict({"base": 3.0, "runs": [{"way": k, "losses": [v]} for k, v in losses.items()]})
 
     assert of(1.5).holds is True
     assert of(1.1).holds is False
