@@ -10,7 +10,7 @@ import pytest
 
 from minilora import ops
 from minilora.backend import array_module, dtype_of, to_device, to_numpy
-from minilora.tensor import PRIMITIVES, definitions_only
+from minilora.tensor import PRIMITIVES, Tensor, definitions_only
 
 BOUND = 1e-2  # ‖found − expected‖ / ‖expected‖ in bfloat16
 
@@ -54,6 +54,29 @@ def check(device, shape, segments=None):
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 128), (9, 3, 64), (8, 1, 128)])
 def test_attention_is_its_definition(tokens, heads, kv_heads, width, device):
     check(device, (2, tokens, heads, kv_heads, width))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_gradients_of_columns_of_one_array_are_columns_of_one_array(heads, kv_heads, device):
+    q, k, v, do = inputs(device, 2, 70, heads, kv_heads, 64)
+    xp, options = array_module(q), {"scale": 0.125}
+    kernel = PRIMITIVES["attention"].implementation((q, k, v), options)
+    beside = kernel(q, k, v, **options)[1](do)
+    whole = xp.ndarray((2, 70, heads + 2 * kv_heads, 64), q.dtype, beside[0].data)
+    apart = kernel(*(xp.ascontiguousarray(x) for x in (q, k, v)), **options)[1](do)
+    assert all(gradient.flags.c_contiguous for gradient in apart)
+    assert np.array_equal(to_numpy(whole), to_numpy(xp.concatenate(apart, axis=2)))
+
+
+def test_q_k_and_v_of_one_array_have_its_gradient_without_a_copy(device):
+    *_, do = inputs(device, 2, 70, 4, 4, 64)
+    xp = array_module(do)
+    x = Tensor(xp.stack([xp.roll(do, shift, axis=1) for shift in range(3)], axis=2), requires_grad=True)
+    parts = ops.unstack(x, axis=2)
+    apart = [Tensor(xp.ascontiguousarray(part.data), requires_grad=True) for part in parts]
+    ops.attention(*parts, scale=0.125).backward(do)
+    ops.attention(*apart, scale=0.125).backward(do)
+    assert np.array_equal(to_numpy(x.grad), to_numpy(xp.stack([part.grad for part in apart], axis=2)))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

@@ -1,8 +1,9 @@
 """Causal attention in bfloat16 without a (T, T) matrix: three launches forward and backward together, and one more with
 segments.
 
-What it computes: ops/attention.py. The kernels, their tiling and their roofline: attention.cu. Head widths of 64 and
-128, queries and keys of one length; every other case (a KV cache, a window, float32) runs the definition.
+What it computes: ops/attention.py. The kernels and their roofline: attention_forward.cu and attention_backward.cu, and
+their tiling attention.cuh. Head widths of 64 and 128, queries and keys of one length; every other case (a KV cache, a
+window, float32) runs the definition.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ OWN = {"FORWARD": 1, "DQ": 2, "DKDV": 2}  # arrays whose rows stay
 
 @cache
 def kernel(name: str, width: int, device: int) -> Any:
-    """A kernel of attention.cu for heads of `width`, with its shared memory allowed on that device."""
+    """A kernel for heads of `width`, with its shared memory allowed on that device."""
+    file = "attention_backward" if name in ("attention_dq", "attention_dkdv") else "attention_forward"
     macros = {
         f"{kind}_{field.upper()}": value
         for kind, tiling in TILINGS[width].items()
         for field, value in tiling._asdict().items()
     }
-    compiled = function("attention", name, "bfloat16", HEAD=width, **macros)
+    compiled = function(file, name, "bfloat16", HEAD=width, **macros)
     if name != "segment_ranges":
         compiled.max_dynamic_shared_size_bytes = shared_bytes(name, width)
     return compiled
@@ -144,9 +146,38 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, segments: Array | N
     def vjp(do):
         do = ready(do)
         delta = cupy.empty(lse.shape, lse.dtype)
-        dq, dk, dv = (cupy.empty(x.shape, x.dtype) for x in (q, k, v))
-        launch("attention_dq", batch * heads, q, *inputs, o, do, lse, delta, dq, *sizes)
-        launch("attention_dkdv", batch * kv_heads, q, *inputs, do, lse, delta, dk, dv, *sizes)
+        dq, dk, dv = room_for_gradients(q, k, v)
+        dq_token, dkv_token = (np.int64(gradient.strides[1] // gradient.itemsize) for gradient in (dq, dk))
+        launch("attention_dq", batch * heads, q, *inputs, o, do, lse, delta, dq, dq_token, *sizes)
+        launch("attention_dkdv", batch * kv_heads, q, *inputs, do, lse, delta, dk, dv, dkv_token, *sizes)
         return dq, dk, dv
 
     return o, vjp
+
+
+def room_for_gradients(q: Array, k: Array, v: Array) -> list[Array]:
+    """Arrays for dq, dk and dv: columns of one matrix where q, k and v are that, so that what made the three from one
+    array (GPT-2's `unstack`) has its gradient as it is.
+    """
+    parts = (q, k, v)
+    if not in_columns(*parts):
+        return [cupy.empty(x.shape, x.dtype) for x in parts]
+    data = cupy.empty(sum(x.size for x in parts), q.dtype).data
+    gradients = []
+    for x in parts:
+        gradients.append(cupy.ndarray(x.shape, x.dtype, data, strides=x.strides))
+        data = data + x.shape[2] * x.shape[3] * x.itemsize
+    return gradients
+
+
+def in_columns(*parts: Array) -> bool:
+    """Whether the parts (B, T, H_i, d) are the columns of one contiguous (B, T, Σ H_i d) array, one after the other."""
+    first, item = parts[0], parts[0].itemsize
+    _, tokens, _, width = first.shape
+    row = sum(x.shape[2] for x in parts) * width * item
+    address = first.data.ptr
+    for x in parts:
+        if x.data.ptr != address or x.strides != (tokens * row, row, width * item, item):
+            return False
+        address += x.shape[2] * width * item
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,18 @@ C_NAMES = {"bfloat16": "__nv_bfloat16", "float16": "__half", "float32": "float"}
 THREADS = 256
 
 
+def text_of(file: str) -> str:
+    """A file beside this one, with what it includes in the place of the include: CuPy keeps what it has compiled by the
+    text alone, and would not see that an included file has changed.
+    """
+    text = (Path(__file__).parent / file).read_text()
+    return re.sub(r'^#include "(.+)"$', lambda include: text_of(include[1]), text, flags=re.MULTILINE)
+
+
 @cache
 def module(file: str, dtype: str, **constants: int) -> Any:
     """The compiled file for activations of `dtype`; constants become macros."""
-    here = Path(__file__).parent
-    text = (here / "common.cuh").read_text() + (here / f"{file}.cu").read_text()
+    text = text_of("common.cuh") + text_of(f"{file}.cu")
     defines = [f"-DACTIVATION={C_NAMES[dtype]}", *(f"-D{name}={value}" for name, value in constants.items())]
     return cupy.RawModule(code=text, options=("--std=c++17", *defines))
 
