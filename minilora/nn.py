@@ -16,7 +16,7 @@ import numpy as np
 
 from . import ops
 from .backend import Array
-from .tensor import Tensor
+from .tensor import Tensor, is_recomputing
 
 
 class Module:
@@ -150,8 +150,11 @@ class Linear(Module):
         return ops.linear(x, self.weight, self.bias)
 
 
-def together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
-    """Each layer's output for the same x (..., in), as layer(x): in one call where a kernel takes them together."""
+def together(x: Tensor, *layers: Linear, value: bool = True) -> tuple[Tensor, ...]:
+    """Each layer's output for the same x (..., in), as layer(x): in one call where a kernel takes them together.
+
+    value: False where nobody reads the outputs; they may be zero then, with the gradients of the real ones.
+    """
     if ops.lora_linears.kernels:
         inputs: list[Any] = [x]
         scales: list[float] = []
@@ -163,8 +166,15 @@ def together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
             scales.append(plain[2])
         else:
             if ops.lora_linears.has_kernel_for(*inputs, scales=tuple(scales)):
-                return ops.lora_linears(*inputs, scales=tuple(scales))
+                return ops.lora_linears(*inputs, scales=tuple(scales), value=value)
     return tuple(layer(x) for layer in layers)
+
+
+def only_added(x: Tensor, layer: Linear) -> Tensor:
+    """layer(x), to be added to a block's result and nothing else: it is left out when a checkpointed block runs again,
+    since nobody reads that result.
+    """
+    return together(x, layer, value=False)[0] if is_recomputing() else layer(x)
 
 
 class Embedding(Module):

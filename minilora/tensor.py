@@ -32,6 +32,7 @@ from .backend import FLOAT_DTYPES, Array, array_module, device_of, to_numpy
 _creation = itertools.count()  # a node's number: creation order is a topological order
 _recording = True  # False inside no_grad()
 _kernels_enabled = True  # False inside definitions_only()
+_recomputing = False  # True while checkpoint() runs a function again
 _observers: list[Callable[[str, tuple[Array, ...], bool], None]] = []
 
 
@@ -319,6 +320,11 @@ def is_recording() -> bool:
     return _recording
 
 
+def is_recomputing() -> bool:
+    """Whether a checkpointed function runs again now, for its activations: nobody reads its result."""
+    return _recomputing
+
+
 def kernels_enabled() -> bool:
     """Whether kernels may stand in for definitions now: not inside definitions_only()."""
     return _kernels_enabled
@@ -327,29 +333,26 @@ def kernels_enabled() -> bool:
 @contextmanager
 def no_grad() -> Iterator[None]:
     """Inside, nothing is recorded: results need no gradient."""
-    with _recording_set_to(False):
+    with _set(_recording=False):
         yield
-
-
-@contextmanager
-def _recording_set_to(value: bool) -> Iterator[None]:
-    global _recording
-    before, _recording = _recording, value
-    try:
-        yield
-    finally:
-        _recording = before
 
 
 @contextmanager
 def definitions_only() -> Iterator[None]:
     """Inside, primitives run their definitions and no kernel."""
-    global _kernels_enabled
-    before, _kernels_enabled = _kernels_enabled, False
+    with _set(_kernels_enabled=False):
+        yield
+
+
+@contextmanager
+def _set(**flags: bool) -> Iterator[None]:
+    """Inside, this module's flags of these names have these values."""
+    before = {name: globals()[name] for name in flags}
+    globals().update(flags)
     try:
         yield
     finally:
-        _kernels_enabled = before
+        globals().update(before)
 
 
 @contextmanager
@@ -366,18 +369,19 @@ def checkpoint(function: Callable[..., Tensor], *inputs: Tensor, parameters: Ite
     """function(*inputs), keeping only the inputs: backward runs the function again to have its activations.
 
     `parameters` are the trained Tensors that the function uses besides its inputs; their gradients are added on the
-    way. The function must give the same result when it is run again (Chen et al. 2016).
+    way. The function must give the same result when it is run again (Chen et al. 2016); only the result itself it may
+    leave out then (`is_recomputing`).
     """
     needs = tuple(value.requires_grad for value in inputs)
     if not _recording or not (any(needs) or any(parameter.requires_grad for parameter in parameters)):
         return function(*inputs)
-    with no_grad():
+    with _set(_recording=False, _recomputing=False):
         value = function(*inputs)
     arrays = [tensor.data for tensor in inputs]  # not the Tensors: those would keep their own history alive
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         leaves = [Tensor(array, requires_grad=need) for array, need in zip(arrays, needs, strict=True)]
-        with _recording_set_to(True):
+        with _set(_recording=True, _recomputing=True):
             again = function(*leaves)
         backward([again], [dy])
         return tuple(leaf.grad for leaf in leaves)

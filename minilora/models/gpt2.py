@@ -18,10 +18,11 @@ import numpy as np
 from .. import ops
 from ..backend import Array, array_module
 from ..errors import MiniloraError
-from ..nn import Embedding, LayerNorm, Linear, Module, Weights
+from ..nn import Embedding, LayerNorm, Linear, Module, Weights, only_added
 from ..tensor import Tensor
 from .causal_lm import CausalLM
-from .config import ConfigReader, ModelConfig
+from .config import ModelConfig
+from .config_file import ConfigReader
 from .parts import Context
 
 PREFIX = "transformer."
@@ -91,7 +92,7 @@ class GPT2MLP(Module):
         self.c_proj = conv1d(weights.at("c_proj"), config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(ops.gelu_tanh(self.c_fc(x)))
+        return only_added(ops.gelu_tanh(self.c_fc(x)), self.c_proj)
 
 
 class GPT2Block(Module):

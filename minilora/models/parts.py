@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .. import ops
 from ..backend import Array
-from ..nn import Linear, Module, RMSNorm, Weights, together
+from ..nn import Linear, Module, RMSNorm, Weights, only_added, together
 from ..tensor import Tensor
 from .cache import KVCache
 from .config import ModelConfig
@@ -82,4 +82,4 @@ class GatedMLP(Module):
         return [[self.gate_proj, self.up_proj]]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.silu_mul(*together(x, self.gate_proj, self.up_proj)))
+        return only_added(ops.silu_mul(*together(x, self.gate_proj, self.up_proj)), self.down_proj)

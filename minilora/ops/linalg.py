@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, cast
+from ..backend import Array, array_module, cast
 from ..backend import matmul as product
 from ..errors import MiniloraError
 from ..tensor import Tensor, primitive
@@ -67,6 +67,12 @@ def rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
+def unread(shape: tuple[int, ...], like: Array) -> Array:
+    """What stands for a value that nobody reads: zeros that take no memory, with the dtype and device of `like`."""
+    xp = array_module(like)
+    return xp.broadcast_to(xp.zeros((), like.dtype), shape)
+
+
 @primitive
 def matmul(a: Array, b: Array, *, needs: tuple[bool, bool]):
     """y = a b over the last two axes, broadcasting over the others;  da = dy bᵀ, db = aᵀ dy.
@@ -86,17 +92,22 @@ def matmul(a: Array, b: Array, *, needs: tuple[bool, bool]):
 
 
 @primitive
-def linear(x: Array, weight: Any, bias: Array | None = None, *, needs: tuple[bool, ...]):
+def linear(x: Array, weight: Any, bias: Array | None = None, *, value: bool = True, needs: tuple[bool, ...]):
     """y = x Wᵀ + b;  dx = dy W, dW = dyᵀ x, db = Σ dy over tokens: each only where it is needed.
 
     x (..., in), W (out, in) array or CompressedWeight, b (out,) or None -> y (..., out). With W frozen, x is not kept
-    and no array of W's size is ever made.
+    and no array of W's size is ever made. value: False where only the gradients are asked for; y is zero then.
     """
     needs_bias = len(needs) > 2 and needs[2]
     shape_x = x.shape
-    y = times_transposed(rows(x), weight)  # (N, out)
-    if bias is not None:
-        y += bias
+    shape_y = (*shape_x[:-1], weight.shape[0])
+    if value:
+        y = times_transposed(rows(x), weight)  # (N, out)
+        if bias is not None:
+            y += bias
+        y = y.reshape(shape_y)
+    else:
+        y = unread(shape_y, x)
     x = x if needs[1] else None
 
     def vjp(dy):
@@ -106,7 +117,7 @@ def linear(x: Array, weight: Any, bias: Array | None = None, *, needs: tuple[boo
         dbias = dy.sum(axis=0) if needs_bias else None
         return (dx, dweight, dbias)[: len(needs)]
 
-    return y.reshape(*shape_x[:-1], weight.shape[0]), vjp
+    return y, vjp
 
 
 def _bind_operators() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..backend import Array, array_module, cast
 from ..backend import matmul as product
 from ..tensor import primitive
-from .linalg import linear, rows, times, times_transposed
+from .linalg import linear, rows, times, times_transposed, unread
 
 
 def scaled(lora_B: Array, scale: float, dtype: Any) -> Array:
@@ -20,7 +20,15 @@ def scaled(lora_B: Array, scale: float, dtype: Any) -> Array:
 
 @primitive
 def lora_linear(
-    x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_B: Array, *, scale: float, needs: tuple[bool, ...]
+    x: Array,
+    weight: Any,
+    bias: Array | None,
+    lora_A: Array,
+    lora_B: Array,
+    *,
+    scale: float,
+    value: bool = True,
+    needs: tuple[bool, ...],
 ):
     """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ   (Hu et al. 2021, "LoRA: low-rank adaptation of large language models", equation
     3).
@@ -32,15 +40,21 @@ def lora_linear(
         dB = s · gᵀ u         (out, r)
         dx = g W + v A        (N, in)    only if something below is trained
     ∂L/∂W = gᵀ x is never formed, not even as a temporary: every product here has r in its shape, or W as a factor.
+    value: False where only the gradients are asked for; y is zero then.
     """
     shape_x = x.shape
     tokens = rows(x)  # (N, in)
     lora_A, scaled_B = cast(lora_A, x.dtype), scaled(lora_B, scale, x.dtype)
     u = product(tokens, lora_A.T)  # (N, r)
-    y = times_transposed(tokens, weight)  # (N, out)
-    y += product(u, scaled_B.T)
-    if bias is not None:
-        y += bias
+    shape_y = (*shape_x[:-1], weight.shape[0])
+    if value:
+        y = times_transposed(tokens, weight)  # (N, out)
+        y += product(u, scaled_B.T)
+        if bias is not None:
+            y += bias
+        y = y.reshape(shape_y)
+    else:
+        y = unread(shape_y, x)
     tokens = tokens if needs[3] else None
     u = u if needs[4] else None
 
@@ -52,19 +66,21 @@ def lora_linear(
         d_lora_B = product(g.T, u) * scale if needs[4] else None
         return dx, None, (g.sum(axis=0) if needs[2] else None), d_lora_A, d_lora_B
 
-    return y.reshape(*shape_x[:-1], weight.shape[0]), vjp
+    return y, vjp
 
 
-def one_after_another(each: Any, x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
+def one_after_another(
+    each: Any, x: Array, *layers: Any, scales: tuple[float, ...], value: bool = True, needs: tuple[bool, ...]
+):
     """`lora_linears` a layer at a time; each: `lora_linear`'s definition, or what stands in for it."""
     parts = []
     for index, scale in enumerate(scales):
         weight, bias, lora_A, lora_B = layers[4 * index : 4 * index + 4]
         mine = (needs[0], *needs[4 * index + 1 : 4 * index + 5])
         if lora_A is None:
-            parts.append(linear.definition(x, weight, bias, needs=(needs[0], False, mine[2])))
+            parts.append(linear.definition(x, weight, bias, value=value, needs=(needs[0], False, mine[2])))
         else:
-            parts.append(each(x, weight, bias, lora_A, lora_B, scale=scale, needs=mine))
+            parts.append(each(x, weight, bias, lora_A, lora_B, scale=scale, value=value, needs=mine))
 
     def vjp(*dys):
         dx, grads = None, []
@@ -79,13 +95,13 @@ def one_after_another(each: Any, x: Array, *layers: Any, scales: tuple[float, ..
 
 
 @primitive
-def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
+def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], value: bool = True, needs: tuple[bool, ...]):
     """y_i = x W_iᵀ + b_i + s_i · (x A_iᵀ) B_iᵀ for layers that read the same x (q, k and v; gate and up).
 
     layers: W, b (or None), A, B of each layer in turn, A and B None for a layer without an adapter; scales: s of each.
-    Shapes and gradients as in `lora_linear`; dx is the sum over the layers.
+    Shapes, gradients and `value` as in `lora_linear`; dx is the sum over the layers.
     """
-    return one_after_another(lora_linear.definition, x, *layers, scales=scales, needs=needs)
+    return one_after_another(lora_linear.definition, x, *layers, scales=scales, value=value, needs=needs)
 
 
 @primitive

@@ -89,6 +89,10 @@ class Rules:
         """A result from NumPy's own allocator."""
         return ShapeArray.taken(self.ledger, shape, dtype, pooled=self.on_gpu, touched=touched)
 
+    def unread(self, shape: tuple[int, ...], dtype: Any) -> ShapeArray:
+        """A result that nobody reads (ops.linalg.unread)."""
+        return ShapeArray.taken(self.ledger, shape, dtype, touched=0)
+
     def on_the_way(self, nbytes: int) -> None:
         """Temporaries that are gone when the primitive returns."""
         self.ledger.passing(nbytes)
@@ -165,10 +169,13 @@ class Rules:
 
     # --- matrix products ---------------------------------------------------------------------------------------------
 
-    def linear(self, x: ShapeArray, weight: ShapeArray, bias: ShapeArray | None = None, *, needs: Any) -> Any:
+    def linear(
+        self, x: ShapeArray, weight: ShapeArray, bias: ShapeArray | None = None, *, value: bool = True, needs: Any
+    ) -> Any:
         shape_x = x.shape
-        y = self.reused((*shape_x[:-1], weight.shape[0]), x.dtype)
-        self.widened(weight, x.dtype)
+        y = (self.reused if value else self.unread)((*shape_x[:-1], weight.shape[0]), x.dtype)
+        if value:
+            self.widened(weight, x.dtype)
         kept = x if needs[1] else None
 
         def vjp(dy: ShapeArray) -> Any:
@@ -192,21 +199,25 @@ class Rules:
         lora_B: ShapeArray,
         *,
         scale: float,
+        value: bool = True,
         needs: Any,
     ) -> Any:
-        (y,), vjp = self.lora_linears(x, weight, bias, lora_A, lora_B, scales=(scale,), needs=needs)
+        (y,), vjp = self.lora_linears(x, weight, bias, lora_A, lora_B, scales=(scale,), value=value, needs=needs)
         return y, vjp
 
-    def lora_linears(self, x: ShapeArray, *layers: Any, scales: tuple[float, ...], needs: Any) -> Any:
+    def lora_linears(
+        self, x: ShapeArray, *layers: Any, scales: tuple[float, ...], value: bool = True, needs: Any
+    ) -> Any:
         group = [layers[4 * number : 4 * number + 4] for number in range(len(scales))]
         needed = [needs[4 * number + 1 : 4 * number + 5] for number in range(len(scales))]
         shape_x, inside, dtype = x.shape, x.shape[-1], x.dtype
         count, itemsize = x.size // inside, dtype.itemsize
         ranks = [0 if lora_A is None else len(lora_A) for _, _, lora_A, _ in group]
         outsides = [weight.shape[0] for weight, *_ in group]
-        ys = tuple(self.reused((*shape_x[:-1], outside), dtype) for outside in outsides)
+        result = self.reused if value else self.unread
+        ys = tuple(result((*shape_x[:-1], outside), dtype) for outside in outsides)
         u = self.fresh((count, sum(ranks)), dtype)
-        for weight, *_ in group:
+        for weight, *_ in group if value else ():
             self.widened(weight, dtype)
         kept_u = u if any(need[3] for need in needed) else None
         kept = (x.recipe or x) if any(need[2] for need in needed) else None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.kernels import cpu
-from minilora.tensor import PRIMITIVES
+from minilora.tensor import PRIMITIVES, definitions_only
 from tests.cases import CASES, Call, check_kernels
 from tests.cases.check import run
 
@@ -96,6 +99,21 @@ def test_a_kernel_gives_the_same_bits_every_time(name):
         again, gradients_again, _ = run(PRIMITIVES[name], call, cotangents)
         for first, second in zip((*values, *gradients), (*again, *gradients_again), strict=True):
             assert (first is None and second is None) or first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("name", ["linear", "lora_linear", "lora_linears"])
+@pytest.mark.parametrize("definition", [False, True], ids=["kernel", "definition"])
+def test_the_gradients_are_the_same_bits_where_the_value_is_left_out(name, definition):
+    call = large_calls()[name]
+    with definitions_only() if definition else nullcontext():
+        values, expected, cotangents = run(PRIMITIVES[name], call)
+        zeros, found, _ = run(PRIMITIVES[name], replace(call, options={**call.options, "value": False}), cotangents)
+    for value, zero in zip(values, zeros, strict=True):
+        assert (zero.shape, zero.dtype) == (value.shape, value.dtype)
+        assert not zero.any()
+        assert zero.strides == (0,) * zero.ndim  # it takes no memory
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None and theirs is None) or ours.tobytes() == theirs.tobytes()
 
 
 def test_long_attention_of_every_kind_is_the_definition():

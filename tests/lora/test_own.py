@@ -186,6 +186,24 @@ def test_backward_through_checkpoints_has_the_parameters_of_its_forward_pass():
         assert tiny.relative_error(parameter.grad, expected[key]) < 1e-12, key
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("targets", [["down_proj", "q_proj"], ["q_proj", "v_proj"]])
+def test_a_block_that_runs_again_leaves_its_last_product_out(use_dora, targets):
+    """Nobody reads a recomputed block's result. DoRA's magnitude has a gradient that reads it: there it is computed."""
+    model = tiny.adapted(config(targets, use_dora=use_dora))
+    expected = tiny.gradients(model, TOKENS)[1]
+    model.checkpoint = True
+    for parameter in model.parameters().values():
+        parameter.grad = None
+    loss, left_out = model.loss(TOKENS), []
+    with observe(lambda name, outputs, recorded: left_out.append(not any(outputs[0].strides))):
+        loss.backward()
+    reads_it = use_dora and "down_proj" in targets
+    assert left_out.count(True) == (0 if reads_it else len(model.network.blocks))
+    for key, parameter in model.parameters().items():
+        assert tiny.relative_error(parameter.grad, expected[key]) < 1e-12, key
+
+
 def test_a_block_whose_norms_alone_are_trained_is_checkpointed():
     """Nothing below it needs a gradient: only its own Tensors say that there is something to make again."""
     model = tiny.adapted(config(["lm_head"], modules_to_save=["layers.0.input_layernorm"]))

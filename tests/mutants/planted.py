@@ -555,7 +555,7 @@ LORA = [
         network("a_frozen_base_and_a_trained_one_are_checked_together"),
     ),
     Mutant(
-        "lora/layer.py",
+        "lora/rows.py",
         "if owner == name])",
         "if owner is not None])",
         "by row: every adapter applies to all adapted rows",
@@ -667,8 +667,8 @@ NETWORK = [
 TAPE = [
     Mutant(
         "tensor.py",
-        "        with _recording_set_to(True):\n            again = function(*leaves)",
-        "        with _recording_set_to(False):\n            again = function(*leaves)",
+        "        with _set(_recording=True, _recomputing=True):\n",
+        "        with _set(_recording=False, _recomputing=True):\n",
         "checkpoint: the second run is not recorded",
         law("checkpointing_changes_no_bit_of_a_gradient"),
     ),
@@ -1327,14 +1327,14 @@ MANY = [
         MERGED,
     ),
     Mutant(
-        "lora/merge.py",
-        "_norm(values - value) / whole",
-        "_norm(values - wide) / whole",
+        "lora/requantise.py",
+        "_norm(values - merged) / whole",
+        "_norm(values - base) / whole",
         "requantise: the error is that against W",
         BLOCKS,
     ),
     Mutant(
-        "lora/merge.py",
+        "lora/requantise.py",
         "if isinstance(base.data, CompressedWeight) and quantised is None:",
         "if False:",
         "merging into blocks without a choice",

@@ -124,6 +124,15 @@ CALLS = {
         scales=(2.0, 2.0),
         needs=(True, *(False, False, True, True) * 2),
     ),
+    "lora_linears, not read": Both(
+        "lora_linears",
+        (1, N, D),
+        *LORA,
+        parameters=(1, 3, 4),
+        scales=(2.0,),
+        value=False,
+        needs=(True, False, False, True, True),
+    ),
     "low_rank": Both(
         "low_rank", (1, N, D), (RANK, D), (OUT, RANK), parameters=(1, 2), scale=2.0, needs=(True, True, True)
     ),

@@ -15,7 +15,7 @@ import numpy as np
 
 from ... import ops
 from ...backend import Array, cast
-from ...ops.linalg import rows
+from ...ops.linalg import rows, unread
 from .elementwise import computes
 from .memory import empty, keep
 from .threads import parallel_rows, row_blocks, run_all, scratch
@@ -39,8 +39,8 @@ def sum_of_parts(parts) -> np.ndarray:
     return parts[0] if len(parts) == 1 else parts.sum(axis=0)
 
 
-def linear_applies(x: Array, weight: Any, bias: Array | None = None) -> bool:
-    return computes(x) and x.size > 0 and dense(weight) and (bias is None or isinstance(bias, np.ndarray))
+def linear_applies(x: Array, weight: Any, bias: Array | None = None, *, value: bool = True) -> bool:
+    return value and computes(x) and x.size > 0 and dense(weight) and (bias is None or isinstance(bias, np.ndarray))
 
 
 @ops.linear.kernel("cpu", linear_applies)
@@ -76,15 +76,25 @@ def linear(x: Array, weight: Any, bias: Array | None = None, *, needs: tuple[boo
     return y.reshape(*shape_x[:-1], width), vjp
 
 
-def lora_applies(x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_B: Array, *, scale: float) -> bool:
+def lora_applies(
+    x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_B: Array, *, scale: float, value: bool = True
+) -> bool:
     return linear_applies(x, weight, bias) and computes(x, lora_A, lora_B)
 
 
 @ops.lora_linear.kernel("cpu", lora_applies)
 def lora_linear(
-    x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_B: Array, *, scale: float, needs: tuple[bool, ...]
+    x: Array,
+    weight: Any,
+    bias: Array | None,
+    lora_A: Array,
+    lora_B: Array,
+    *,
+    scale: float,
+    value: bool = True,
+    needs: tuple[bool, ...],
 ):
-    (y,), vjp = lora_linears(x, weight, bias, lora_A, lora_B, scales=(scale,), needs=needs)
+    (y,), vjp = lora_linears(x, weight, bias, lora_A, lora_B, scales=(scale,), value=value, needs=needs)
     return y, vjp
 
 
@@ -107,7 +117,7 @@ class Layer:
         self.scaled_B: Any = None if self.lora_B is None else self.lora_B * self.scale
 
 
-def group_applies(x: Array, *layers: Any, scales: tuple[float, ...]) -> bool:
+def group_applies(x: Array, *layers: Any, scales: tuple[float, ...], value: bool = True) -> bool:
     for start in range(0, len(layers), 4):
         weight, bias, lora_A, lora_B = layers[start : start + 4]
         if not linear_applies(x, weight, bias) or (lora_A is not None and not computes(x, lora_A, lora_B)):
@@ -116,7 +126,7 @@ def group_applies(x: Array, *layers: Any, scales: tuple[float, ...]) -> bool:
 
 
 @ops.lora_linears.kernel("cpu", group_applies)
-def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
+def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], value: bool = True, needs: tuple[bool, ...]):
     shape_x, inside = x.shape, x.shape[-1]
     tokens = rows(x)
     count, dtype = len(tokens), x.dtype
@@ -129,13 +139,15 @@ def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple
     stacked_A: Any = np.concatenate(factors) if factors else None  # (R, in): one product gives every layer's u
     ranks = len(stacked_A) if factors else 0
     u = np.empty((count, ranks), dtype)
-    ys = [empty((count, layer.outside), dtype) for layer in group]
-    matrices = [cast(layer.weight, dtype) for layer in group]
+    ys, matrices = [], []
+    if value:
+        ys = [empty((count, layer.outside), dtype) for layer in group]
+        matrices = [cast(layer.weight, dtype) for layer in group]
 
     def forward(a: int, b: int) -> None:
         if factors:
             np.matmul(tokens[a:b], stacked_A.T, out=u[a:b])
-        for layer, y, matrix in zip(group, ys, matrices, strict=True):
+        for layer, y, matrix in zip(group, ys, matrices, strict=False):  # none where no value is asked for
             np.matmul(tokens[a:b], matrix.T, out=y[a:b])
             if layer.rank:
                 add_product(u[a:b, layer.columns], layer.scaled_B.T, y[a:b])
@@ -194,7 +206,10 @@ def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple
             ]
         return tuple(gradients)
 
-    return tuple(y.reshape(*shape_x[:-1], y.shape[1]) for y in ys), vjp
+    shapes = [(*shape_x[:-1], layer.outside) for layer in group]
+    if not value:
+        return tuple(unread(shape, x) for shape in shapes), vjp
+    return tuple(y.reshape(shape) for y, shape in zip(ys, shapes, strict=True)), vjp
 
 
 def add_to(total: np.ndarray, left: np.ndarray, right: np.ndarray, first: bool) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ... import ops
 from ...backend import Array
-from ...ops.linalg import rows
+from ...ops.linalg import rows, unread
 from ...ops.lora import one_after_another
 from .branches import Fork
 from .gemm import gemm
@@ -34,7 +34,9 @@ def add_bias(y: Array, bias: Array | None) -> None:
         y += bias.astype(y.dtype, copy=False)
 
 
-def applies(x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_B: Array, *, scale: float) -> bool:
+def applies(
+    x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_B: Array, *, scale: float, value: bool = True
+) -> bool:
     return (
         isinstance(x, cupy.ndarray)
         and x.dtype.name in C_NAMES
@@ -47,14 +49,27 @@ def applies(x: Array, weight: Any, bias: Array | None, lora_A: Array, lora_B: Ar
 
 @ops.lora_linear.kernel("cuda", applies)
 def lora_linear(
-    x: Array, weight: Array, bias: Array | None, lora_A: Array, lora_B: Array, *, scale: float, needs: tuple[bool, ...]
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    lora_A: Array,
+    lora_B: Array,
+    *,
+    scale: float,
+    value: bool = True,
+    needs: tuple[bool, ...],
 ):
     shape_x, tokens = x.shape, rows(x)
     A, B = narrowed(lora_A, x.dtype), narrowed(lora_B, x.dtype)
     u = gemm(tokens, A.T)  # (N, r)
-    y = gemm(tokens, weight.T)
-    gemm(u, B.T, y, alpha=scale, beta=1.0)
-    add_bias(y, bias)
+    shape_y = (*shape_x[:-1], weight.shape[0])
+    if value:
+        y = gemm(tokens, weight.T)
+        gemm(u, B.T, y, alpha=scale, beta=1.0)
+        add_bias(y, bias)
+        y = y.reshape(shape_y)
+    else:
+        y = unread(shape_y, x)
     kept: Any = keep(x) if needs[3] else None
     u = u if needs[4] else None
     del tokens
@@ -77,7 +92,7 @@ def lora_linear(
             dx = gemm(v, A, dx, beta=1.0).reshape(shape_x)
         return dx, None, (g.sum(axis=0, dtype=np.float32) if needs[2] else None), d_lora_A, d_lora_B
 
-    return y.reshape(*shape_x[:-1], weight.shape[0]), vjp
+    return y, vjp
 
 
 # --- layers that read the same x --------------------------------------------------------------------------------------
@@ -85,7 +100,7 @@ def lora_linear(
 JOIN_BELOW = 1 << 23  # entries: gradients of layers are copied side by side where that costs less than more products
 
 
-def group_applies(x: Array, *layers: Any, scales: tuple[float, ...]) -> bool:
+def group_applies(x: Array, *layers: Any, scales: tuple[float, ...], value: bool = True) -> bool:
     if not (isinstance(x, cupy.ndarray) and x.dtype.name in C_NAMES and x.size > 0):
         return False
     weights, factors = layers[::4], [factor for factor in (*layers[2::4], *layers[3::4]) if factor is not None]
@@ -95,28 +110,31 @@ def group_applies(x: Array, *layers: Any, scales: tuple[float, ...]) -> bool:
 
 
 @ops.lora_linears.kernel("cuda", group_applies)
-def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], needs: tuple[bool, ...]):
+def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], value: bool = True, needs: tuple[bool, ...]):
     """The layers as one: W one under the other (CausalLM.lay_out puts them so), A too, and B as the blocks of a matrix
     that is zero elsewhere. Forward is then three products for all, and backward five.
     """
     weights = layers[::4]
     used = {scale for A, scale in zip(layers[2::4], scales, strict=True) if A is not None}
     W = one_under_the_other(weights)
-    if W is None or len(used) != 1:
-        return one_after_another(lora_linear, x, *layers, scales=scales, needs=needs)
+    if W is None or len(used) != 1 or len(scales) == 1:
+        return one_after_another(lora_linear, x, *layers, scales=scales, value=value, needs=needs)
     (scale,) = used
     shape_x, tokens, dtype = x.shape, rows(x), x.dtype
     As, Bs = ([factor for factor in layers[place::4] if factor is not None] for place in (2, 3))
     sizes = [(len(weight), 0 if A is None else len(A)) for weight, A in zip(weights, layers[2::4], strict=True)]
     stack = narrowed_stack(As, Bs, sizes, dtype)
     u = gemm(tokens, stack.lora_A.T)  # (N, R)
-    y = gemm(tokens, W.T)  # (N, Σ out)
-    gemm(u, stack.lora_B.T, y, alpha=scale, beta=1.0)
     starts = np.cumsum([0, *(out for out, _ in sizes)]).tolist()
-    ys = [columns(y, start, (*shape_x[:-1], out)) for start, (out, _) in zip(starts[:-1], sizes, strict=True)]
-    for part, bias in zip(ys, layers[1::4], strict=True):
-        if bias is not None:
-            part += bias.astype(dtype, copy=False)
+    if value:
+        y = gemm(tokens, W.T)  # (N, Σ out)
+        gemm(u, stack.lora_B.T, y, alpha=scale, beta=1.0)
+        ys = [columns(y, start, (*shape_x[:-1], out)) for start, (out, _) in zip(starts[:-1], sizes, strict=True)]
+        for part, bias in zip(ys, layers[1::4], strict=True):
+            if bias is not None:
+                part += bias.astype(dtype, copy=False)
+    else:
+        ys = [unread((*shape_x[:-1], out), x) for out, _ in sizes]
     needs_bias, needs_A, needs_B = needs[2::4], needs[3::4], needs[4::4]
     kept: Any = keep(x) if any(needs_A) else None
     kept_u: Any = u if any(needs_B) else None
