@@ -1,4 +1,5 @@
-"""Writing files so that neither a crash nor a full disk leaves half of one, and reading JSON: errors name the line.
+"""Writing files so that neither a crash nor a full disk leaves half of one; reading JSON, where errors name the line;
+and what is close to a path that is not there.
 
 Everything is first written under a temporary name in the same folder, flushed to the disk (fsync), and only then
 renamed over the old file: whoever looks sees the old content or the new, whole. What the files mean is formats/'s
@@ -7,11 +8,12 @@ business.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,31 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MiniloraError(f"{path} holds a JSON {type(value).__name__}, expected an object {{...}}")
     return value
+
+
+def not_there(path: str | os.PathLike[str], expected: str, names: Collection[str] = ()) -> MiniloraError:
+    """ "no such file or folder: runs/dat; did you mean runs/dates?", or what is expected where nothing is close.
+
+    names: what could have been meant besides a path.
+    """
+    meant = close_to(path, names)
+    hint = f"expected {expected}" if meant is None else f"did you mean {meant}?"
+    return MiniloraError(f"no such file or folder: {path}; {hint}")
+
+
+def close_to(path: str | os.PathLike[str], names: Collection[str] = ()) -> Path | None:
+    """The path there is whose name is closest to the first part of `path` that is missing, or None.
+
+    names: what could have been meant besides a path.
+    """
+    missing = whole = Path(path).expanduser()
+    while missing != missing.parent and not missing.parent.exists():
+        missing = missing.parent
+    here = os.listdir(missing.parent) if missing.parent.is_dir() else []
+    close = difflib.get_close_matches(missing.name, [*here, *(names if len(whole.parts) == 1 else ())])
+    paths = [missing.with_name(name) for name in close]
+    rest = whole.relative_to(missing)
+    return next((path / rest for path in paths if (path / rest).exists()), paths[0] if paths else None)
 
 
 def write_error(path: Path, error: OSError) -> MiniloraError:

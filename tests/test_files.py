@@ -149,3 +149,31 @@ def test_malformed_json_is_one_line_that_names_the_file(tmp_path, content, messa
 def test_a_missing_json_file_is_named(tmp_path):
     with pytest.raises(MiniloraError, match=r"cannot read .*a\.json: No such file"):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("path", "close"),
+    [
+        ("runs/dat", "runs/dates"),
+        ("runz/dates/model.safetensors", "runs/dates/model.safetensors"),  # not run.txt, in which there is no such file
+        ("runz/nothing", "runs"),
+        ("runs/dates/model.safetensor", "runs/dates/model.safetensors"),
+        ("smolm2", "smollm2"),
+        ("runs/smolm2", None),
+        ("run.txt/x", None),  # a file has nothing in it
+        ("zebra", None),
+    ],
+)
+def test_the_closest_path_there_is(tmp_path, monkeypatch, path, close):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "dates").mkdir(parents=True)
+    (tmp_path / "runs" / "dates" / "model.safetensors").touch()
+    (tmp_path / "run.txt").touch()
+    assert files.close_to(path, ["smollm2"]) == (None if close is None else Path(close))
+    message = str(files.not_there(path, "a model", ["smollm2"]))
+    assert message == f"no such file or folder: {path}; " + (f"did you mean {close}?" if close else "expected a model")
+
+
+def test_an_absolute_path_is_answered_with_one(tmp_path):
+    (tmp_path / "data.jsonl").touch()
+    assert files.close_to(tmp_path / "dato.jsonl") == tmp_path / "data.jsonl"

@@ -75,8 +75,16 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        from .messages import one_line
+
+        typer.echo(f"error: {one_line(message, self._options(ctx))}", err=True)
         raise typer.Exit(1)
+
+    def _options(self, ctx: Any) -> set[str]:
+        """The options of the command that was called, as Python writes them."""
+        command = self.get_command(ctx, ctx.invoked_subcommand)
+        given = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
+        return {option.removeprefix("--").replace("-", "_") for option in given}
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, **SETTINGS)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..terminal import for_stream
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -26,9 +28,14 @@ def console(stderr: bool = False) -> Console:
     return Console(file=stream, width=None if stream.isatty() else LOG_WIDTH, highlight=False)
 
 
+def say(text: str) -> None:
+    """A line of results on stdout."""
+    typer.echo(for_stream(text, sys.stdout))
+
+
 def note(text: str) -> None:
     """A line for people, on stderr: what is going on, what was left out."""
-    typer.echo(text, err=True)
+    typer.echo(for_stream(text, sys.stderr), err=True)
 
 
 def print_json(value: Any) -> None:
@@ -46,7 +53,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for column in columns:
         table.add_column(column.removesuffix(">"), justify="right" if column.endswith(">") else "left")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(for_stream(cell, sys.stdout)) for cell in row))
     console().print(table)
 
 

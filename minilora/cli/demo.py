@@ -13,6 +13,7 @@ import typer
 from ..demo.show import PAGE, Watcher, run_demo
 from ..demo.tasks import TASKS, Task
 from ..errors import MiniloraError
+from ..terminal import escaped
 from ..train.progress import Quiet, StepReport
 from .console import bytes_text, console, print_json, print_table
 from .options import Json
@@ -204,7 +205,7 @@ def say(text: str) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    console().print(Padding(Text(text), (0, 0, 0, 2), expand=False))
+    console().print(Padding(Text(escaped(text)), (0, 0, 0, 2), expand=False))
 
 
 def print_texts(rows: Sequence[tuple[str, str]]) -> None:
@@ -222,5 +223,5 @@ def print_texts(rows: Sequence[tuple[str, str]]) -> None:
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for name, text in rows:
-        table.add_row(Text(name), Text(text))
+        table.add_row(Text(name), Text(escaped(text)))
     console().print(Padding(table, (0, 0, 0, 4), expand=False))

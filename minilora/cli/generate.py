@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MiniloraError
+from ..terminal import for_stream
 from .console import note, print_json
 from .options import AdapterDirectories, Device, Dtype, Json, ModelName, open_model
 
@@ -113,5 +114,6 @@ def read_stdin() -> str:
 
 
 def write_out(piece: str) -> None:
-    sys.stdout.write(piece)
+    """Write a piece of the text as it comes; a terminal gets control characters written out."""
+    sys.stdout.write(for_stream(piece, sys.stdout))
     sys.stdout.flush()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import bytes_text, print_json, print_table
+from .console import bytes_text, print_json, print_table, say
 from .options import Json
 from .spectrum import show as show_spectrum
 
@@ -77,14 +77,14 @@ def command(
     if as_json:
         print_json(as_data(listing, updates))
         return
-    typer.echo(f"{listing.path}: {headline(listing)}")
-    typer.echo(facts(listing))
+    say(f"{listing.path}: {headline(listing)}")
+    say(facts(listing))
     if updates:
         print_updates(updates)
     shown = {name: entry for name, entry in listing.tensors.items() if not updates or not is_factor(name)}
     if shown:
         if updates:
-            typer.echo("tensors besides A and B (biases and modules that are saved whole take the base's place):")
+            say("tensors besides A and B (biases and modules that are saved whole take the base's place):")
         print_tensors(shown, all_layers)
 
 
@@ -197,11 +197,11 @@ def print_updates(updates: list[dict[str, Any]]) -> None:
     ]
     print_table(["layer", "ΔW>", "rank>", "scale>", "dtype", "size>", "‖ΔW‖>"], rows)
     total = math.sqrt(sum(update["norm"] ** 2 for update in updates))
-    typer.echo(f"{len(updates)} layers, ‖ΔW‖ of all together {total:.4g}")
+    say(f"{len(updates)} layers, ‖ΔW‖ of all together {total:.4g}")
     above = [update for update in updates if update["rank"] > min(update["in"], update["out"])]
     if above:
         size = min(above[0]["in"], above[0]["out"])
-        typer.echo(
+        say(
             f"{len(above)} layers have a higher rank than their ΔW can have, first {above[0]['module']}: at most {size}"
         )
 

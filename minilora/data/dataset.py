@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import MiniloraError
+from ..files import not_there
 from .encoding import Encoder, Example, Tokenizer
 from .rows import read_rows
 
@@ -124,9 +125,7 @@ def _find_files(path: Path) -> tuple[dict[str, Path], list[str]]:
             )
         return files, others
     if not path.exists():
-        raise MiniloraError(
-            f"{path}: found nothing there; expected a .jsonl file or a folder with train.jsonl; check the path"
-        )
+        raise not_there(path, "a .jsonl file, or a folder with train.jsonl")
     return {"train": path}, []
 
 

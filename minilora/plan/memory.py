@@ -55,9 +55,7 @@ class Step:
         if self.length is None:
             return min(DEFAULT_LENGTH, context)
         if self.length > context:
-            raise MiniloraError(
-                f"the length is {self.length:,}, over the model's context of {context:,} tokens: lower it"
-            )
+            raise MiniloraError(f"length is {self.length:,}, over the model's context of {context:,} tokens: lower it")
         return self.length
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MiniloraError
+from ..files import not_there
 from ..formats.checkpoint import find_model
 from ..train.folder import ADAPTER, METRICS, SETTINGS
 from ..train.settings import read_settings
@@ -59,6 +60,8 @@ def find_runs(path: Path) -> list[Path]:
     if is_run(path):
         return [path]
     found = sorted(child for child in path.iterdir() if child.is_dir() and is_run(child)) if path.is_dir() else []
+    if not found and not path.exists():
+        raise not_there(path, "the folder that `minilora train --out` wrote")
     if not found:
         what = "is no folder" if not path.is_dir() else f"holds no run ({METRICS} and {SETTINGS})"
         raise MiniloraError(

@@ -9,13 +9,16 @@
     loss.png                      the loss curve
     minilora.toml                 the settings that were used
     report.html                   where `minilora report` was asked for one
+    .next-run/                    a run that is to replace this one, until its first save
 
-Files that are none of these are left alone.
+Files that are none of these are left alone. A run that replaces an earlier one writes to .next-run/ until something
+that it trained is saved there whole, and only then takes the earlier one's place; one that fails before leaves it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -37,9 +40,9 @@ if TYPE_CHECKING:
 
 METRICS, CURVE, SETTINGS, STATE = "metrics.jsonl", "loss.png", "minilora.toml", "training_state.safetensors"
 REPORT = "report.html"
-BEST, CHECKPOINTS, BASE = "best", "checkpoints", "model"
+BEST, CHECKPOINTS, BASE, NEXT = "best", "checkpoints", "model", ".next-run"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-WRITTEN = (*ADAPTER, STATE, METRICS, CURVE, SETTINGS, REPORT, BEST, CHECKPOINTS, BASE)
+WRITTEN = (*ADAPTER, METRICS, CURVE, SETTINGS, REPORT, BEST, CHECKPOINTS, BASE, STATE)
 
 
 @dataclass
@@ -93,20 +96,45 @@ def check_folder(path: Path, resume: bool, overwrite: bool) -> None:
 
 
 class Folder:
-    """A run's folder while the run writes to it. adapter: the name of the adapter that is trained, or None."""
+    """A run's folder while the run writes to it. adapter: the name of the adapter that is trained, or None.
 
-    def __init__(self, path: Path, model: Model, adapter: str | None, base_is_trained: bool) -> None:
-        self.path, self.model, self.adapter, self.base_is_trained = path, model, adapter, base_is_trained
+    path: where it writes now, which is `home`, or home's .next-run/ while an earlier run's place is not taken yet.
+    """
+
+    def __init__(self, home: Path, model: Model, adapter: str | None, base_is_trained: bool) -> None:
+        self.home = self.path = home
+        self.model, self.adapter, self.base_is_trained = model, adapter, base_is_trained
         self.last_saved: int | None = None
 
-    def clear(self) -> None:
-        """Remove what an earlier run left here."""
+    def begin(self) -> bool:
+        """Make ready for a new run; whether there is an earlier one, which stays until this one's first save."""
+        _remove(self.home / NEXT)
+        if any((self.home / name).exists() for name in WRITTEN):
+            self.path = self.home / NEXT
+        return self.path != self.home
+
+    def take_place(self) -> None:
+        """Put this run's files in the place of the earlier one's.
+
+        Each is replaced at once, and the state to resume from goes first and comes last: a crash on the way leaves no
+        mixture that can be resumed, and every adapter whole, here or in .next-run/.
+        """
+        if self.path == self.home:
+            return
+        _remove(self.home / STATE)
         for name in WRITTEN:
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+            old, new = self.home / name, self.path / name
+            if old.is_dir() or not new.exists():
+                _remove(old)
+            if new.exists():
+                os.replace(new, old)
+        _remove(self.path)
+        self.path = self.home
+
+    def leave(self) -> None:
+        """The run is over: forget what of it did not take the earlier one's place."""
+        if self.path != self.home:
+            _remove(self.path)
 
     def write_settings(self, text: str) -> None:
         """Write minilora.toml."""
@@ -134,11 +162,13 @@ class Folder:
                 shutil.rmtree(old)
         self._save_trained(self.path)
         write_state(self.path / STATE, place, optimiser, config)
+        self.take_place()
         self.last_saved = place.step
 
     def save_best(self) -> None:
         """Save what is trained as the best so far."""
         self._save_trained(self.path / BEST)
+        self.take_place()
 
     def restore(self, optimiser: AdamW, expected: Mapping[str, Any], data: str, total: int) -> Place:
         """Put the saved parameters and moments back, and forget the metrics of later steps; where the run stood.
@@ -181,6 +211,14 @@ def folder_for(path: Path, model: Model, trained: Mapping[str, Tensor]) -> Folde
             "set_adapter(name) selects it"
         )
     return Folder(path, model, adapters[0] if adapters else None, bool(trained.keys() & base))
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # --- the state to go on from ----------------------------------------------------------------------------------------

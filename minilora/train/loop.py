@@ -97,7 +97,8 @@ def train(
 
     data: a .jsonl file or folder for `load_data`, a Dataset, or Examples; valid: Examples to validate on, instead of
     the data's own. resume: go on, to the same numbers, where the run in config.out stopped (the model must have the
-    adapter that the run began with). overwrite: replace the run in config.out. quiet: print warnings only. show: is
+    adapter that the run began with). overwrite: replace the run in config.out, which stays until this one's first save
+    (see folder.py). quiet: print warnings only. show: is
     told of the progress, which is then not printed (see progress.py). settings: what to write down of model, data and
     adapter, instead of what can be told from the arguments.
     Ctrl-C finishes the step, saves, and raises TrainingInterrupted; a second one ends at once. A loss or gradient that
@@ -110,17 +111,19 @@ def train(
         raise MiniloraError("found resume or overwrite without out, expected the folder of the earlier run as out")
     show = choose(quiet) if show is None else show
     run = _Run(model, examples_of(model, data, valid, config, show), config, show)
-    if run.folder is not None:
-        if resume:
-            run.resume(run.folder)
-        else:
-            run.folder.clear()
-        run.folder.write_settings(settings_text({**(settings or described(model, data)), **asdict(run.config)}))
-    show.line(summarise(model).text())
     try:
+        if run.folder is not None:
+            if resume:
+                run.resume(run.folder)
+            elif run.folder.begin():
+                show.line(f"the earlier run stays until the first save; until then this one is in {run.folder.path}")
+            run.folder.write_settings(settings_text({**(settings or described(model, data)), **asdict(run.config)}))
+        show.line(summarise(model).text())
         interrupted = run.run()
     finally:
         show.close()
+        if run.folder is not None:
+            run.folder.leave()
     result = run.result()
     show.line(run.account(interrupted))
     if interrupted:

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..terminal import escaped, for_stream
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -32,7 +34,7 @@ class Quiet:
 
     def warn(self, text: str) -> None:
         """What may be wrong."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {for_stream(text, sys.stderr)}", file=sys.stderr, flush=True)
 
     def start(self, step: int, total: int) -> None:
         """Training begins, after `step` steps of `total` (more than 0 when it is resumed)."""
@@ -48,7 +50,7 @@ class Lines(Quiet):
     """Plain lines for logs and pipes: about 20 in a run, and one a minute at least."""
 
     def line(self, text: str) -> None:
-        print(text, flush=True)
+        print(for_stream(text, sys.stdout), flush=True)
 
     def start(self, step: int, total: int) -> None:
         self.first, self.total = step, total
@@ -75,13 +77,13 @@ class Bar(Lines):
         if self.progress is None:
             super().line(text)
         else:
-            self.progress.console.print(text, markup=False, highlight=False)
+            self.progress.console.print(escaped(text), markup=False, highlight=False)
 
     def warn(self, text: str) -> None:
         if self.progress is None:
             super().warn(text)
         else:
-            self.progress.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+            self.progress.console.print(f"warning: {escaped(text)}", style="yellow", markup=False, highlight=False)
 
     def start(self, step: int, total: int) -> None:
         from rich import progress

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from minilora import files
 from minilora.cli import app
 from tests import texts, tiny
 
+ROOT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -30,6 +34,29 @@ def run() -> Run:
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result.exit_code, result.stdout, result.stderr
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def in_terminal() -> Callable[..., tuple[int, str]]:
+    """in_terminal("generate", ...) runs minilora in a terminal of 120 columns: (exit status, what it shows)."""
+
+    def command(*arguments: Any) -> tuple[int, str]:
+        parent, child = pty.openpty()
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120", "LINES": "40", "TERM": "xterm"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minilora", *map(str, arguments)], env=environment, stdout=child, stderr=child
+        )
+        os.close(child)
+        shown = b""
+        try:
+            while block := os.read(parent, 65536):
+                shown += block
+        except OSError:  # the other end is closed
+            pass
+        os.close(parent)
+        return process.wait(timeout=60), shown.decode()
 
     return command
 

@@ -101,7 +101,7 @@ def test_bad_input_is_one_line_on_stderr_and_status_1():
     done = minilora("inspect", "no such model")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("error: no such model was not found")
+    assert done.stderr.startswith("error: no such file or folder: no such model; expected a model directory")
     assert done.stderr.count("\n") == 1
 
 

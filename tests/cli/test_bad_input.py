@@ -73,23 +73,52 @@ def replaced(arguments: list[str], option: str, value: str) -> list[str]:
 
 @pytest.mark.parametrize("command", USING_A_MODEL)
 def test_a_model_that_is_not_there(refused, command):
-    refused(replaced(USING_A_MODEL[command], "--model", "absent"), "absent was not found: expected a model directory")
+    refused(replaced(USING_A_MODEL[command], "--model", "absent"), "folder: absent; expected a model directory")
 
 
 @pytest.mark.parametrize("arguments", [EVAL, TRAIN])
 def test_data_that_is_not_there(refused, arguments):
-    refused(replaced(arguments, "--data", "absent.jsonl"), "absent.jsonl: found nothing there")
+    refused(replaced(arguments, "--data", "nothing"), "no such file or folder: nothing; expected a .jsonl file")
 
 
 @pytest.mark.parametrize(
     "arguments", [[*EVAL, "--adapter", "absent"], [*GENERATE, "--adapter", "absent"], MERGE, EXPORT]
 )
 def test_an_adapter_that_is_not_there(refused, arguments):
-    refused(replaced(arguments, "--adapter", "absent"), "absent is no adapter: expected a directory with")
+    refused(replaced(arguments, "--adapter", "absent"), "no such file or folder: absent; expected an adapter")
 
 
 def test_nothing_to_inspect(refused):
-    refused(["inspect", "absent"], "absent was not found")
+    refused(["inspect", "absent"], "no such file or folder: absent; expected a model directory")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("adaptor", "adapter"), ("./modell", "model"), ("merged/modle.safetensors", "merged/model.safetensors"),
+     ("mergd/model.safetensors", "merged/model.safetensors"), ("mni", "mini")],
+)  # fmt: skip
+def test_a_misspelt_path_is_answered_with_the_one_that_is_there(refused, typed, meant):
+    refused(["inspect", typed], f"no such file or folder: {typed}; did you mean {meant}?")
+
+
+def test_a_misspelt_path_is_answered_by_every_option_that_takes_one(place, refused):
+    refused(replaced(EVAL, "--data", "date.jsonl"), "no such file or folder: date.jsonl; did you mean data.jsonl?")
+    refused(replaced(MERGE, "--adapter", "./adaptr"), "no such file or folder: adaptr; did you mean adapter?")
+    refused(["report", "rum"], "no such file or folder: rum; did you mean run?")
+
+
+def test_a_name_of_two_parts_is_the_hubs_unless_its_first_part_is_a_folder_here(place, refused, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*arguments, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    (place / "runs" / "dates").mkdir(parents=True)
+    refused(["inspect", "runs/dat"], "no such file or folder: runs/dat; did you mean runs/dates?")
+    found = "owner/name is no folder here, and the hub did not give a model of that name (Name or service not known)"
+    refused(["inspect", "owner/name"], found)
+    refused(["inspect", "runz/dates"], "runz/dates is no folder here (did you mean runs/dates?), and the hub")
 
 
 @pytest.mark.parametrize("arguments", [[*GENERATE, "--adapter", "model"], replaced(MERGE, "--adapter", "model")])
@@ -126,7 +155,7 @@ def test_data_that_does_not_fit_names_its_line(place, refused, arguments, conten
 
 @pytest.mark.parametrize("arguments", [EVAL, TRAIN])
 def test_rows_longer_than_the_context(place, refused, arguments):
-    refused([*arguments, "--max-length", "300"], "max_length is 300, over the model's context of 256")
+    refused([*arguments, "--max-length", "300"], "--max-length is 300, over the model's context of 256")
     (place / "data.jsonl").write_text(json.dumps({"prompt": "x" * 300, "completion": "y"}) + "\n")
     refused(arguments, "all 1 rows were dropped: 1 with no label within 256 tokens")
 
@@ -143,7 +172,7 @@ def test_completions_that_leave_the_context(refused):
 
 
 def test_a_target_pattern_without_a_match(refused):
-    refused([*TRAIN, "--targets", "q_proj,query"], "target_modules 'query' matches no linear layer")
+    refused([*TRAIN, "--targets", "q_proj,query"], "--targets 'query' matches no linear layer")
     refused([*TRAIN, "--targets", ".*\\.query"], "matches no linear layer")
 
 
@@ -252,7 +281,9 @@ def test_weights_with_a_nan_in_them(place, refused):
 
 @pytest.mark.parametrize("command", ["merge", "export", "train", "eval"])
 def test_a_full_disk_while_saving(place, refused, full_disk, command):
-    refused(TRAIN_ANEW if command == "train" else USING_A_MODEL[command], "the disk is full")
+    refused(USING_A_MODEL[command], "the disk is full")
+    if command == "train":
+        refused(TRAIN_ANEW, "the disk is full")
 
 
 def test_a_full_disk_leaves_no_new_directory_with_something_in_it(run, place, full_disk):

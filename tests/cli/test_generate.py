@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 import minilora as ml
@@ -157,3 +158,20 @@ def test_a_malformed_conversation_is_one_line(run, base, tmp_path, text):
     status, shown, errors = run("generate", "--model", base, "--messages", file)
     assert (status, shown) == (1, "")
     assert errors.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def commanding(base, tmp_path_factory):
+    """A model that says byte 0 over and over: all its logits are 0."""
+    model = ml.load_model(base)
+    model.network.lm_head.weight.data = np.zeros_like(model.network.lm_head.weight.data)
+    path = tmp_path_factory.mktemp("commanding") / "model"
+    model.save(path)
+    return path
+
+
+def test_what_could_command_a_terminal_is_written_out_there_and_raw_elsewhere(run, in_terminal, commanding):
+    arguments = ["generate", "--model", commanding, "--prompt", "a", "--max-new-tokens", 3]
+    assert in_terminal(*arguments) == (0, "\\x00\\x00\\x00\r\n")
+    assert run(*arguments) == (0, "\0\0\0\n", "")
+    assert json.loads(run(*arguments, "--json")[1])["completions"][0]["completion"] == "\0\0\0"

@@ -155,3 +155,11 @@ def test_an_adapter_s_embeddings_and_what_it_has_whole_are_shown(run, base, tmp_
 
 def test_a_name_with_a_digit_that_is_no_number_is_sorted_too():
     assert sorted(["a.10", "a.²", "a.2"], key=layer_order) == ["a.²", "a.2", "a.10"]
+
+
+def test_names_in_a_file_cannot_command_a_terminal(in_terminal, tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"\x1b[2Jw": np.zeros((2, 2), np.float32)}, tmp_path / "t.safetensors")
+    status, shown = in_terminal("inspect", tmp_path / "t.safetensors")
+    assert (status, "\\x1b[2Jw" in shown, "\x1b[2J" in shown) == (0, True, False)

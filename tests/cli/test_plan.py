@@ -80,13 +80,13 @@ def test_on_a_gpu_it_is_said_to_be_an_estimate_and_the_base_is_bfloat16(run):
     ("arguments", "expected"),
     [
         (["llama-8"], "llama-8 was not found: expected a model directory"),
-        (["gpt2", "--targets", "q_proj"], "target_modules 'q_proj' matches no"),
-        (["gpt2", "--max-length", "2000"], "the length is 2,000, over the model's context of 1,024"),
-        (["gpt2", "--batch-size", "0"], "batch_size is 0, expected at least 1"),
-        (["gpt2", "--label-share", "2"], "label_share is 2.0, expected above 0 and at most 1"),
-        (["gpt2", "--dtype", "int3"], "dtype is 'int3', expected one of"),
-        (["gpt2", "--adapter-dtype", "int3"], "dtype is 'int3', expected one of"),
-        (["gpt2", "--device", "tpu"], "device is 'tpu', expected cpu or cuda"),
+        (["gpt2", "--targets", "q_proj"], "--targets 'q_proj' matches no"),
+        (["gpt2", "--max-length", "2000"], "--max-length is 2,000, over the model's context of 1,024"),
+        (["gpt2", "--batch-size", "0"], "--batch-size is 0, expected at least 1"),
+        (["gpt2", "--label-share", "2"], "--label-share is 2.0, expected above 0 and at most 1"),
+        (["gpt2", "--dtype", "int3"], "--dtype is 'int3', expected one of"),
+        (["gpt2", "--adapter-dtype", "int3"], "--adapter-dtype is 'int3', expected one of"),
+        (["gpt2", "--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
     ],
 )
 def test_bad_input_is_one_line(run, arguments, expected):

@@ -192,8 +192,8 @@ def test_weights_of_the_base_are_read_one_at_a_time(base, adapter, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--model", "absent"], "absent was not found"),
-        (["--against", "absent"], "absent is no adapter"),
+        (["--model", "absent"], "no such file or folder: absent"),
+        (["--against", "absent"], "no such file or folder: absent; expected an adapter"),
     ],
 )
 def test_files_that_are_not_there(run, adapter, options, expected):

@@ -53,9 +53,8 @@ def test_what_is_not_there_is_an_error_that_says_what_would_be(name, tmp_path, m
     monkeypatch.chdir(tmp_path)
     if name == "":
         name = str(tmp_path / "gone")
-    with pytest.raises(
-        MiniloraError, match=r'not found: expected a model directory, a \.gguf file, "mini", "smollm2" or'
-    ):
+    expected = r'no such file or folder: .*; expected a model directory, a \.gguf file, "mini", "smollm2" or a hub id'
+    with pytest.raises(MiniloraError, match=expected):
         find_model(name)
 
 
@@ -98,7 +97,8 @@ def test_a_hub_id_is_downloaded_without_pickles_or_sub_folders(monkeypatch, mode
 @pytest.mark.parametrize("error", ["HfHubHTTPError", "HFValidationError", "LocalEntryNotFoundError"])
 def test_a_hub_that_cannot_help_is_one_line(monkeypatch, error):
     FakeHub(monkeypatch, error=error)
-    with pytest.raises(MiniloraError, match=r"org/name is no directory here and .*: Cannot reach the hub\.$"):
+    expected = r"org/name is no folder here, and the hub .* \(Cannot reach the hub\.\): check the path, or the name"
+    with pytest.raises(MiniloraError, match=expected):
         find_model("org/name")
 
 

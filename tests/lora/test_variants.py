@@ -283,8 +283,8 @@ def test_a_compressed_base_computes_as_the_dense_one(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_dora": True, "init": "pissa"}, "has use_dora and init='pissa', expected one of them"),
-        ({"use_dora": True, "variant": "lora_fa"}, "has use_dora and variant='lora_fa', expected one"),
+        ({"use_dora": True, "init": "pissa"}, "found use_dora=True and init='pissa', expected one of them"),
+        ({"use_dora": True, "variant": "lora_fa"}, "found use_dora=True and variant='lora_fa', expected one"),
         ({"init": "pissa_niter_2", "variant": "lora_fa"}, "init='pissa_niter_2' and variant='lora_fa'"),
         ({"init": "pissa_niter_"}, "init is 'pissa_niter_', expected one of .* e.g. pissa_niter_4"),
         ({"init": "pissa_niter_N"}, "init is 'pissa_niter_N'"),

@@ -221,7 +221,7 @@ def test_the_adapter_is_the_one_that_a_model_gets():
     [
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
         ({"length": 1}, "length is 1, expected at least 2"),
-        ({"length": 513}, "the length is 513, over the model's context of 512"),
+        ({"length": 513}, "length is 513, over the model's context of 512"),
         ({"label_share": 0.0}, "label_share is 0.0, expected above 0"),
         ({"device": "tpu"}, "device is 'tpu', expected cpu or cuda"),
     ],

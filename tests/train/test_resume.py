@@ -307,3 +307,87 @@ def test_the_checksum_of_the_data_changes_with_every_token_label_and_their_order
     ):
         assert data_checksum(changed) != checksum
     assert Place().data == ""
+
+
+# --- an earlier run's place is taken at the first save ----------------------------------------------------------------
+
+
+def snapshot(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """The folder of a run with everything that one can leave, and a file of the user's."""
+    out = tmp_path / "run"
+    run(model(), out, save_every=4)
+    (out / "report.html").write_text("a report")
+    (out / "notes.txt").write_text("mine")
+    return out
+
+
+def fails(*arguments, **options):
+    raise MiniloraError("it fails")
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_run_that_fails_before_its_first_save_leaves_the_earlier_one_as_it_was(earlier, monkeypatch, step):
+    before = snapshot(earlier)
+    at_step(monkeypatch, step, fails)
+    with pytest.raises(MiniloraError, match="it fails"):
+        run(model(), earlier, {"overwrite": True}, steps=4, eval_every=None, save_every=3)
+    assert snapshot(earlier) == before
+    assert not (earlier / ".next-run").exists()
+
+
+def test_the_earlier_run_is_there_until_the_first_save_and_then_the_new_one_alone(earlier, monkeypatch):
+    before, seen = snapshot(earlier), {}
+    at_step(monkeypatch, 3, lambda: seen.update(snapshot(earlier)))
+    result = run(model(), earlier, {"overwrite": True, "valid": None}, steps=5, eval_every=None, seed=9)
+    assert {name: seen[name] for name in before} == before
+    assert {name for name in seen if name not in before} == {".next-run/minilora.toml", ".next-run/metrics.jsonl"}
+    after = snapshot(earlier)
+    assert after.keys() == {
+        "adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.jsonl", "minilora.toml",
+        "training_state.safetensors", "notes.txt",
+    }  # fmt: skip
+    assert len(after["metrics.jsonl"].splitlines()) == 5
+    paths = result.paths
+    assert {path.parent for name, path in paths.items() if name != "adapter"} == {paths["adapter"]} == {earlier}
+    assert run(model(), earlier, {"resume": True}, steps=6, eval_every=None, seed=9).steps == 6
+
+
+def test_the_best_adapter_takes_the_place_as_soon_as_it_is_saved(earlier, monkeypatch):
+    at_step(monkeypatch, 4, fails)
+    with pytest.raises(MiniloraError, match="it fails"):
+        run(model(), earlier, {"overwrite": True}, steps=9, eval_every=3)
+    assert [name for name in snapshot(earlier) if not name.startswith(("best/", "notes"))] == [
+        "metrics.jsonl", "minilora.toml",
+    ]  # fmt: skip
+    assert len((earlier / "metrics.jsonl").read_text().splitlines()) == 4  # of steps 0 to 3
+
+
+def test_a_crash_while_the_place_is_taken_leaves_no_mixture_to_resume(earlier, monkeypatch):
+    """At each replacement in turn: what can be resumed is the new run or nothing, and no adapter is lost."""
+    number = 0
+    while True:
+        replaced = iter(range(10**6))
+
+        def crash(old, new, *, replace=os.replace, at=number, replaced=replaced):
+            if Path(old).parent == earlier / ".next-run" and Path(new).parent == earlier and next(replaced) == at:
+                raise OSError(errno.EIO, "crash")
+            replace(old, new)
+
+        monkeypatch.setattr(Folder, "leave", lambda folder: None)  # a crash runs nothing more
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", crash)
+            try:
+                run(model(), earlier, {"overwrite": True, "valid": None}, steps=2, eval_every=None, seed=9)
+            except OSError:
+                assert not (earlier / "training_state.safetensors").exists()
+                both = (earlier, earlier / ".next-run")
+                assert any((folder / "adapter_model.safetensors").exists() for folder in both)
+            else:
+                break
+        number += 1
+    assert number >= 5

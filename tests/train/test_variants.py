@@ -97,9 +97,9 @@ def test_the_command_line_trains_each_and_its_settings_do_it_again(base, data, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dora", "--init", "pissa"], "has use_dora and init='pissa', expected one of them"),
-        (["--variant", "lora-fa"], "variant is 'lora-fa', expected one of lora, lora_fa"),
-        (["--lora-plus-ratio", "0"], "lora_plus_ratio is 0.0, expected a number above 0"),
+        (["--dora", "--init", "pissa"], "error: found --dora and --init 'pissa', expected one of them"),
+        (["--variant", "lora-fa"], "error: --variant is 'lora-fa', expected one of lora, lora_fa"),
+        (["--lora-plus-ratio", "0"], "error: --lora-plus-ratio is 0.0, expected a number above 0"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line_and_leaves_nothing(base, data, tmp_path, options, message):
