@@ -2,15 +2,14 @@
 
 NumPy and CuPy share one interface, so the engine is written once: `xp = array_module(x)` and then `xp.exp(x)`. This
 file holds the rest: devices, the floating-point types, matrix products (every one in the engine goes through `matmul`),
-copies to and from the host, and memory counters. It knows nothing of gradients.
+and copies to and from the host. It knows nothing of gradients.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -194,68 +193,3 @@ def add_at(target: Array, index: Array, values: Array) -> None:
         target[...] = cast(wide, target.dtype)
         return
     array_module(target).add.at(target, index, values)  # CuPy's additions are atomic, so their order is not fixed
-
-
-# --- work in parts --------------------------------------------------------------------------------------------------
-
-
-def _in_order(fn: Callable[[int, int], None], n: int, most: int) -> None:
-    for start in range(0, n, most):
-        fn(start, min(start + most, n))
-
-
-cpu_runner = [_in_order]  # the last one runs; the CPU kernels add theirs, which spreads the parts over the cores
-
-
-def in_parts(fn: Callable[[int, int], None], n: int, most: int, library: ModuleType = np) -> None:
-    """fn(start, stop) for parts of at most `most` that cover 0 … n; a part must not touch what another one writes."""
-    (cpu_runner[-1] if library is np else _in_order)(fn, n, most)
-
-
-many_arrays: list[Any] = []  # modules with an optimiser's work over many arrays in one launch: GPU kernels add theirs
-pass_contexts: list[Callable[[Any], AbstractContextManager[Any]]] = [nullcontext]  # the GPU kernels add theirs
-
-
-def one_pass(network: Any) -> AbstractContextManager[Any]:
-    """A context for one forward pass of a network, in which none of its trained parameters changes: what is derived
-    from them is made once.
-    """
-    return pass_contexts[-1](network)
-
-
-def release_unused(device: str) -> None:
-    """Give back what CuPy's pool holds and nothing uses (nothing to do on the CPU)."""
-    if device.startswith("cuda"):
-        sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def memory_bytes(device: str = "cpu") -> int:
-    """Bytes in use now: the process's resident set on the CPU, CuPy's pool on a GPU."""
-    if device.startswith("cuda"):
-        with on_device(device):
-            return int(sys.modules["cupy"].get_default_memory_pool().total_bytes())
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no /proc: macOS and Windows know only the peak
-        return peak_memory_bytes()
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far, in bytes (0 where the system does not say)."""
-    try:
-        with open("/proc/self/status") as status:  # getrusage's peak begins with that of the process that started it
-            peak = next((line for line in status if line.startswith("VmHWM:")), None)
-        if peak is not None:
-            return int(peak.split()[1]) * 1024
-    except OSError:
-        pass  # no /proc
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak_usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak_usage if sys.platform == "darwin" else peak_usage * 1024

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from .backend import Array, array_module, many_arrays, to_device
+from .backend import Array, array_module, to_device
 from .errors import MiniloraError
+from .execution import all_at_once
 from .tensor import Tensor
 
 
@@ -18,14 +19,6 @@ def named(parameters: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tens
     if isinstance(parameters, Mapping):
         return dict(parameters)
     return {str(index): parameter for index, parameter in enumerate(parameters)}
-
-
-def all_at_once(gradients: Sequence[Array], *others: Array) -> Any:
-    """The module that works on all of these arrays in one launch, or None where they are taken one after another."""
-    if not many_arrays or not gradients:
-        return None
-    able = many_arrays[-1].fused(*gradients, parts=True) and many_arrays[-1].fused(*others)
-    return many_arrays[-1] if able else None
 
 
 class AdamW:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .backend import to_numpy
 from .inputs import IGNORED
-from .lora.layer import places
+from .lora.rows import places
 
 if TYPE_CHECKING:
     from .step import MicroBatch

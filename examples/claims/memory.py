@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 import minilora as ml
-from minilora.backend import memory_bytes, peak_memory_bytes
 from minilora.errors import MiniloraError
+from minilora.memory import memory_bytes, peak_memory_bytes
 
 from .common import Base, Verdict, both, load, median, table
 from .picture import COLOURS, Figure, save

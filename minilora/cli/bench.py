@@ -159,6 +159,6 @@ def timed(run: Callable[[], object], seconds: float) -> list[float]:
 
 def peak_bytes(device: str) -> int:
     """The most memory so far: the process's on the CPU, the pool's on a GPU."""
-    from ..backend import memory_bytes, peak_memory_bytes
+    from ..memory import memory_bytes, peak_memory_bytes
 
     return memory_bytes(device) if device.startswith("cuda") else peak_memory_bytes()

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import FLOAT_DTYPES, Array, array_module, cast, in_parts, matmul, to_device
+from ..backend import FLOAT_DTYPES, Array, array_module, cast, matmul, to_device
+from ..execution import in_parts
 from ..ops import CompressedWeight
 from .gguf import GGUFEntry
 

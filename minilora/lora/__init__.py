@@ -6,7 +6,8 @@ from .adapters import PEFT_PREFIX, Adapters
 from .combine import Combination, combine
 from .config import LoraConfig
 from .layer import LoraLayer, Selection
-from .merge import Merge, Rounding
+from .merge import Merge
+from .requantise import Rounding
 
 __all__ = [
     "PEFT_PREFIX",

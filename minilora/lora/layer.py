@@ -9,16 +9,16 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from .. import ops
-from ..backend import Array, matmul, resident, to_device
+from ..backend import Array, matmul, to_device
 from ..nn import AdapterState, Linear
 from ..tensor import Tensor
 from .config import LoraConfig
+from .rows import by_row
 from .targets import pattern_value
 
 
@@ -43,12 +43,6 @@ class Selection:
         """The selection for those rows of the batch that are adapter `name`'s."""
         number = self.dropout_pass if self.dropout_pass is None or self.row_passes is None else self.row_passes[name]
         return Selection(((name, 1.0),), dropout_pass=number, part=self.part)
-
-
-@lru_cache(maxsize=4096)
-def places(rows: tuple[str | None, ...], name: str | None, device: str) -> Array:
-    """Which rows of the batch adapter `name` has, on the device."""
-    return resident(np.array([row for row, owner in enumerate(rows) if owner == name]), device)
 
 
 class LoraLayer:
@@ -145,13 +139,13 @@ class AdapterSlot:
     def __call__(self, linear: Linear, x: Tensor) -> Tensor:
         selection: Selection = self.state.selection
         if selection.rows is not None:
-            return self._per_row(linear, x, selection)
+            return by_row(self, linear, x, selection)
         active = [(self.layers[name], weight) for name, weight in selection.weights if name in self.layers]
         if len(active) == 1 and not linear.weight.requires_grad and not self._drops(active[0][0], selection):
             return active[0][0].forward(linear, x, active[0][1])
         y = linear.base(x)
         for layer, weight in active:
-            y = y + layer.update(linear, x, self._dropped(layer, x, selection), weight)
+            y = y + layer.update(linear, x, self.dropped(layer, x, selection), weight)
         return y
 
     def plain(self) -> tuple[Tensor | None, Tensor | None, float] | None:
@@ -192,41 +186,9 @@ class AdapterSlot:
     def _drops(self, layer: LoraLayer, selection: Selection) -> bool:
         return bool(layer.dropout) and selection.dropout_pass is not None
 
-    def _dropped(self, layer: LoraLayer, x: Tensor, selection: Selection) -> Tensor:
+    def dropped(self, layer: LoraLayer, x: Tensor, selection: Selection) -> Tensor:
         """What the adapter reads of x: all of it, or while training what its dropout leaves."""
         if not self._drops(layer, selection):
             return x
         seed = (layer.seed, self.number, selection.dropout_pass, selection.part)
         return ops.dropout(x, probability=layer.dropout, seed=seed)
-
-    def _per_row(self, linear: Linear, x: Tensor, selection: Selection) -> Tensor:
-        """Each row of the batch under its own adapter: one pass over W for all, then each adapter's rows together."""
-        assert selection.rows is not None
-        if len(selection.rows) != x.shape[0]:
-            raise ValueError(f"set_adapter(rows=...) names {len(selection.rows)} rows, and the batch has {x.shape[0]}")
-        together = self._rows_together(linear, x, selection.rows)
-        if together is not None:
-            return together
-        y = linear.base(x)  # (B, T, out)
-        for name in dict.fromkeys(selection.rows):
-            if name in self.layers:
-                index = places(selection.rows, name, x.device)
-                layer, own = self.layers[name], ops.select_rows(x, index=index)
-                update = layer.update(linear, own, self._dropped(layer, own, selection.of(name)), 1.0)
-                y = ops.add_rows(y, update, index=index)
-        return y
-
-    def _rows_together(self, linear: Linear, x: Tensor, rows: tuple[str | None, ...]) -> Tensor | None:
-        """The same in one call, where there is a kernel for it."""
-        if not ops.lora_rows.kernels or not isinstance(linear, Linear) or linear.weight.requires_grad:
-            return None
-        parts = self.low_rank_parts()
-        if parts is None:
-            return None
-        names = [name for name in dict.fromkeys(rows) if name in self.layers]
-        inputs = [x, linear.weight, linear.bias, *(factor for part in parts for factor in part[:2])]
-        options = {
-            "scales": tuple(self.layers[name].scale for name in names),
-            "owners": tuple(names.index(name) if name in names else None for name in rows),
-        }
-        return ops.lora_rows(*inputs, **options) if ops.lora_rows.has_kernel_for(*inputs, **options) else None

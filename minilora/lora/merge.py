@@ -6,30 +6,20 @@ weight becomes a float32 one, or is compressed again, which loses something: the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ..backend import Array, array_module, cast, compute_dtype, in_parts
+from ..backend import Array, array_module, cast, compute_dtype
 from ..errors import MiniloraError
+from ..execution import in_parts
 from ..ops import CompressedWeight
 from ..tensor import Tensor
 from .adapters import Adapters
 from .layer import LoraLayer
-
-CHOICES = ("dequantise", "requantise")
-
-
-class Rounding(NamedTuple):
-    """What compressing a merged W' again lost. error: ‖Q − W'‖ / ‖W'‖; update: ‖W' − W‖ / ‖W'‖, to compare with
-    (Frobenius norms). An error above the update says that little of the adapter is left in this layer.
-    """
-
-    error: float
-    update: float
+from .requantise import Rounding, check_choice, compressed_again
 
 
 class Merge:
@@ -57,25 +47,17 @@ class Merge:
             raise MiniloraError("an adapter is merged already: unmerge_adapter() first")
         if not weights:
             raise MiniloraError("found no adapter to merge, expected a name, or {name: weight}")
-        if quantised not in (None, *CHOICES):
-            raise MiniloraError(f"quantised is {quantised!r}, expected {' or '.join(map(repr, CHOICES))}")
         modules = dict(adapters.network.named_modules())
         changes = _changes(adapters, weights)
         bases = {name: getattr(modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in changes}
-        for name, base in bases.items():
-            if isinstance(base.data, CompressedWeight) and quantised is None:
-                raise MiniloraError(
-                    f'{name} is quantised ({base.data}), so merging needs a choice: quantised="dequantise" makes the '
-                    'adapted weights float32, "requantise" rounds them to blocks again and reports the error'
-                )
-        merged: dict[str, Tensor] = {}
-        roundings: dict[str, Rounding] = {}
-        names = list(changes)
-
-        if trained := [name for name in names if bases[name].requires_grad]:
+        check_choice(quantised, bases)
+        if trained := [name for name, base in bases.items() if base.requires_grad]:
             raise MiniloraError(
                 f"{trained[0]} is trained itself, and merging would replace it: merge into a model that is frozen"
             )
+        names = list(changes)
+        merged: dict[str, Tensor] = {}
+        roundings: dict[str, Rounding] = {}
 
         def compute(start: int, stop: int) -> None:
             for name in names[start:stop]:
@@ -153,16 +135,8 @@ def _replaced(base: Tensor, change: Change, name: str, requantise: bool) -> tupl
         result: Any = cast(value, stored.dtype)
         values = cast(result, wide.dtype)
         if isinstance(held, CompressedWeight) and requantise:
-            result = held.recoded(value)
-            values = result.dense()
-            whole = _norm(value) or 1.0
-            lost = Rounding(_norm(values - value) / whole, _norm(value - wide) / whole)
+            result, values, lost = compressed_again(held, value, wide)
     if not bool(array_module(values).isfinite(values).all()):
-        kind = held if isinstance(held, CompressedWeight) and requantise else stored.dtype
+        kind = stored.dtype if lost is None else held
         raise MiniloraError(f"merging would put a non-finite value into {name} ({kind}): nothing was merged")
     return Tensor(result), lost
-
-
-def _norm(matrix: Array) -> float:
-    flat = matrix.reshape(-1)
-    return math.sqrt(float(array_module(flat).vdot(flat, flat)))

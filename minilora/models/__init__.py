@@ -9,7 +9,8 @@ from ..errors import MiniloraError
 from . import gpt2, llama, mistral, qwen2, qwen3
 from .cache import KVCache
 from .causal_lm import CausalLM
-from .config import ConfigReader, ModelConfig
+from .config import ModelConfig
+from .config_file import ConfigReader
 
 
 class Family(NamedTuple):

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import Array, array_module, compute_dtype, one_pass, release_unused
+from ..backend import Array, array_module, compute_dtype
+from ..execution import one_pass
 from ..inputs import Batch, Labelled, labelled_positions, segment_positions
+from ..memory import release_unused
 from ..nn import AdapterState, Embedding, Linear, Module
 from ..tensor import Tensor, checkpoint
 from .cache import KVCache

@@ -14,7 +14,8 @@ from ..backend import Array
 from ..nn import Embedding, Linear, Module, RMSNorm, Weights
 from ..tensor import Tensor
 from .causal_lm import CausalLM
-from .config import ConfigReader, ModelConfig, decoder_config
+from .config import ModelConfig
+from .config_file import ConfigReader, decoder_config
 from .parts import Context, GatedMLP, SelfAttention
 
 

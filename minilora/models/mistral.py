@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import MiniloraError
-from .config import ConfigReader, ModelConfig, decoder_config
+from .config import ModelConfig
+from .config_file import ConfigReader, decoder_config
 
 DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072}  # where config.json leaves them out
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import MiniloraError
 from ..nn import Weights
-from .config import ConfigReader, ModelConfig, decoder_config
+from .config import ModelConfig
+from .config_file import ConfigReader, decoder_config
 from .llama import LlamaBlock, LlamaForCausalLM
 from .parts import SelfAttention
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..nn import Weights
-from .config import ConfigReader, ModelConfig, decoder_config
+from .config import ModelConfig
+from .config_file import ConfigReader, decoder_config
 from .llama import LlamaBlock, LlamaForCausalLM
 from .parts import SelfAttention
 from .qwen2 import DEFAULTS, windows

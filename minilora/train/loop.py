@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backend import memory_bytes
 from ..data import Batch, Dataset, Example, batches
 from ..errors import MiniloraError
 from ..lora.variants.lora_plus import lora_plus
+from ..memory import memory_bytes
 from ..optim import AdamW, schedule
 from ..step import MicroBatch, TrainStep
 from ..tensor import no_grad

@@ -103,16 +103,8 @@ def write_gguf(tmp_path: Path, llama_tensors: dict[str, np.ndarray]) -> Callable
             "llama.vocab_size": 300,
         } | (metadata or {})
         for key, value in values.items():
-            if isinstance(value, bool):
-                writer.add_bool(key, value)
-            elif isinstance(value, int):
-                writer.add_uint32(key, value)
-            elif isinstance(value, float):
-                writer.add_float32(key, value)
-            elif isinstance(value, str):
-                writer.add_string(key, value)
-            elif value is not None:
-                writer.add_array(key, value)
+            if value is not None:
+                writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
         quantised = gguf.GGMLQuantizationType[type]
         for name_, array in (llama_tensors | (tensors or {})).items():
             if array is None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from minilora import backend, ops
+from minilora import execution, ops
 from minilora.backend import to_device
 from minilora.errors import MiniloraError
 from minilora.formats import gguf_blocks
@@ -134,7 +134,7 @@ def test_a_product_never_makes_the_whole_matrix(form, monkeypatch):
 
     On one thread: each holds a tile of its own.
     """
-    monkeypatch.setattr(backend, "cpu_runner", backend.cpu_runner[:1])
+    monkeypatch.setattr(execution, "cpu_runner", execution.cpu_runner[:1])
     weight, _ = some_weight(form, 4096, 32)
     x, A, B = (Tensor(np.ones(shape, np.float32), requires_grad=True) for shape in ((2, 1024), (2, 1024), (4096, 2)))
     tracemalloc.start()
@@ -350,7 +350,7 @@ MEASURE = """
 import json, sys
 import numpy as np
 import minilora as ml
-from minilora.backend import memory_bytes
+from minilora.memory import memory_bytes
 before = memory_bytes()
 model = ml.load_model("smollm2", dtype=sys.argv[1])
 model.add_adapter("a", ml.LoraConfig(r=8))

@@ -14,6 +14,13 @@ from tests import texts, tiny
 
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "Q8_0"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SWITCHES = [  # of a Llama's config
+    {"tie_word_embeddings": True},
+    {"attention_bias": True, "mlp_bias": True},
+    {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
+    {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 5e5}},
+    {"head_dim": 32, "num_key_value_heads": 1},
+]
 
 
 def model(family: str = "llama", **changes) -> ml.Model:
@@ -60,16 +67,7 @@ def test_a_model_reads_back_with_the_same_logits(tmp_path, family):
     assert tiny.relative_error(found, original.logits(tokens)) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tie_word_embeddings": True},
-        {"attention_bias": True, "mlp_bias": True},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
-        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 5e5}},
-        {"head_dim": 32, "num_key_value_heads": 1},
-    ],
-)
+@pytest.mark.parametrize("changes", SWITCHES)
 def test_the_switches_of_a_config_are_kept(tmp_path, changes):
     original = model(**changes)
     for name, parameter in original.network.named_parameters():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from minilora import ops
-from minilora.backend import array_module, dtype_of, matmul, one_pass, to_device, to_numpy
+from minilora.backend import array_module, dtype_of, matmul, to_device, to_numpy
+from minilora.execution import one_pass
 from minilora.nn import Linear, Module
 from minilora.optim import Adam, AdamW, clip_grad_norm, global_norm
 from minilora.tensor import PRIMITIVES, Tensor, backward, definitions_only

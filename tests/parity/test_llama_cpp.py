@@ -20,7 +20,7 @@ from minilora.formats.checkpoint import find_model
 from tests import texts, tiny
 from tests.formats.test_gguf_adapter import PLAIN, write
 from tests.formats.test_gguf_vocabulary import TEXTS, sentencepiece
-from tests.formats.test_gguf_write import LLAMA3, model
+from tests.formats.test_gguf_write import SWITCHES, model
 from tests.formats.test_mlx import of_family
 from tests.parity.llama_cpp import LlamaCpp, log_probabilities, token_log_probabilities
 
@@ -47,16 +47,7 @@ def test_a_tiny_model_of_each_family_has_our_log_probabilities(tmp_path, family)
     assert error(LlamaCpp(tmp_path / "m.gguf", context=64), network) < BOUNDS.get(family, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tie_word_embeddings": True},
-        {"attention_bias": True, "mlp_bias": True},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
-        {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 5e5}},
-        {"head_dim": 32, "num_key_value_heads": 1},
-    ],
-)
+@pytest.mark.parametrize("changes", SWITCHES)
 def test_the_switches_of_a_llama_s_config_reach_llama_cpp(tmp_path, changes):
     network = model(**changes)
     for name, parameter in network.network.named_parameters():

@@ -32,7 +32,7 @@ MEASURE = """
 import json, sys
 import numpy as np
 import minilora as ml
-from minilora.backend import memory_bytes, peak_memory_bytes
+from minilora.memory import memory_bytes, peak_memory_bytes
 
 case = json.loads(sys.argv[1])
 np.ones((1024, 1024), np.float32) @ np.ones((1024, 1024), np.float32)

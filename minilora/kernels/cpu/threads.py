@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ... import backend
+from ... import execution
 
 
 @cache
@@ -146,7 +146,7 @@ def parallel_rows(fn: Callable[[int, int], None], n: int, most: int = 64, least:
     run_all([partial(fn, a, b) for a, b in row_blocks(n, most, least)])
 
 
-backend.cpu_runner.append(parallel_rows)
+execution.cpu_runner.append(parallel_rows)
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from ...backend import Array, many_arrays, pass_contexts
+from ...backend import Array
+from ...execution import many_arrays, pass_contexts
 from .source import THREADS, function
 
 PIECE = 4096  # values that a block works on

@@ -1,0 +1,44 @@
+"""What the memory counters say, with and without /proc."""
+
+import builtins
+import sys
+
+import numpy as np
+import pytest
+
+from minilora.memory import memory_bytes, peak_memory_bytes
+
+MB = 1 << 20
+
+
+@pytest.fixture
+def without_proc(monkeypatch):
+    opened = builtins.open
+
+    def refuse(path, *args, **kwargs):
+        if str(path).startswith("/proc/"):
+            raise FileNotFoundError(path)
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+
+
+def test_the_peak_stays_when_the_memory_is_given_back():
+    before = memory_bytes()
+    array = np.ones(64 * MB, np.uint8)
+    assert memory_bytes() - before > 60 * MB
+    del array
+    assert memory_bytes() - before < 32 * MB
+    assert peak_memory_bytes() - before > 60 * MB
+
+
+def test_without_proc_both_counts_are_the_peak_of_getrusage(without_proc):
+    resource = pytest.importorskip("resource")
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    assert peak <= peak_memory_bytes() <= memory_bytes() < peak + 64 * MB
+
+
+def test_where_the_system_says_nothing_the_peak_is_zero(without_proc, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory_bytes() == 0
