@@ -46,7 +46,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point the links that leave docs/ at those pages."""
+    """Point the links that leave docs/ at those pages, which a search is to find behind the book's own."""
+    if page.file.src_uri.startswith("source/"):
+        page.meta["search"] = {"boost": 0.1}
     here = posixpath.dirname(page.file.src_uri)
 
     def replaced(match: re.Match[str]) -> str:
