@@ -103,7 +103,7 @@ def tell_base(results: Results) -> None:
     say(
         f"{results.model}: {results.parameters:,} parameters, {bytes_text(results.model_bytes)} on the disk. It writes:"
     )
-    print_texts(list(results.base_texts.items()))
+    print_texts([(f'"{prompt}"', text) for prompt, text in results.base_texts.items()])
 
 
 def tell_learned(results: Results) -> None:

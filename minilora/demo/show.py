@@ -31,7 +31,7 @@ from .tasks import TASKS, Row, Task
 MODEL = "mini"
 CONFIG = LoraConfig(r=8, alpha=16, target_modules="all-linear")
 BATCH, LENGTH = 16, 64  # rows of a step, tokens of a row
-BASE_PROMPTS = ("The old man looked at the sea and", "happiness (noun):")
+BASE_PROMPTS = ("Emma was", "The state of the Union", "teacher (noun):")  # three of the texts it has read
 NEW_TOKENS = 36
 DRAW: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9}  # greedy text of a small model soon runs in circles
 SENTENCE = "And God said, Let there be light: and there was light."
