@@ -74,14 +74,16 @@ def update_of(
     updates = {}
     for name, after in linear_weights(tuned).items():
         update = after.astype(np.float64) - before[name]
-        updates[name] = update if update.shape[0] <= update.shape[1] else update.T
+        updates[name] = update if update.shape[0] <= update.shape[1] else update.T.copy()
     parts = {name: singular_values(update) for name, update in updates.items()}
     cut = {}
     for rank in (0, *ranks):
         for name, weight in linear_weights(tuned).items():
-            first = parts[name][1][:, :rank]
-            near = matmul(first, matmul(first.T, updates[name]))  # U_k U_kᵀ ΔW is ΔW cut to its k largest
-            weight[...] = before[name] + (near if near.shape == weight.shape else near.T)
+            weight[...] = before[name]
+            if rank:
+                first = parts[name][1][:, :rank].copy()
+                near = matmul(first, matmul(first.T, updates[name]))  # U_k U_kᵀ ΔW is ΔW cut to its k largest
+                weight += near if near.shape == weight.shape else near.T
         cut[str(rank)] = score(tuned)
     values = {name: found for name, (found, _) in parts.items()}
     return {
@@ -101,7 +103,7 @@ def singular_values(update: Array) -> tuple[np.ndarray, Array]:
     From D Dᵀ = U diag(σ²) Uᵀ, many times faster than the SVD: what is below 1e-8 of σ_1 is rounding.
     """
     squares, vectors = array_module(update).linalg.eigh(matmul(update, update.T))
-    return np.sqrt(np.maximum(ml.to_numpy(squares)[::-1], 0.0)), vectors[:, ::-1]
+    return np.sqrt(np.maximum(ml.to_numpy(squares)[::-1], 0.0)), vectors[:, ::-1].copy()
 
 
 @cache
