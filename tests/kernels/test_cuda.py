@@ -293,6 +293,25 @@ def test_q_k_and_v_of_one_array_are_taken_apart_and_put_together(dtype, device):
     check("unstack", Arguments([normal(*shape)], {"axis": 2}), dtype, device, parts)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(("count", "rows", "width"), [(1, 5, 3), (700, 9, 300), (4096, 50257, 768), (513, 1, 8)])
+def test_the_gradient_of_a_lookup_has_the_bits_of_additions_in_order(count, rows, width, dtype, device):
+    random = np.random.default_rng(2)
+    tokens = random.integers(0, rows, (1, count))
+    dy = random.standard_normal((1, count, width)).astype(dtype_of(dtype))
+    wide = dtype_of("float32" if dtype == "bfloat16" else dtype)
+    expected = np.zeros((rows, width), wide)
+    np.add.at(expected, tokens[0], dy[0].astype(wide))
+    weight = Tensor(to_device(random.standard_normal((rows, width)).astype(dtype_of(dtype)), device))
+    weight.trained = True
+    options = {"tokens": to_device(tokens, device), "dtype": None}
+    assert ops.embedding.has_kernel_for(weight, **options)
+    y = ops.embedding(weight, **options)
+    assert np.array_equal(to_numpy(y), to_numpy(weight)[tokens])
+    y.backward(to_device(dy, device))
+    assert np.array_equal(to_numpy(weight.grad), expected.astype(dtype_of(dtype)))
+
+
 @pytest.mark.parametrize("kind", [AdamW, Adam])
 def test_one_launch_for_all_adapters_does_what_a_launch_each_does(kind, device):
     """The optimiser, the norm and clipping on the GPU beside the same on the CPU."""

@@ -4,6 +4,6 @@ Each .cu file says what it computes, where that is defined, and its roofline. Im
 them; `minilora.tensor.definitions_only()` switches them off.
 """
 
-from . import attention, elementwise, gemm, linear, lists, loss, norm
+from . import attention, elementwise, gemm, linear, lists, loss, norm, rows
 
-__all__ = ["attention", "elementwise", "gemm", "linear", "lists", "loss", "norm"]
+__all__ = ["attention", "elementwise", "gemm", "linear", "lists", "loss", "norm", "rows"]
