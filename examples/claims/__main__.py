@@ -21,7 +21,7 @@ def run(name: str, base: Base, out: Path, seeds: int | None = None) -> None:
     module = claim(name)
     results = module.measure(base, **settings(module, base, seeds))
     found = {"claim": name, "model": base.name, "device": base.device, "results": results}
-    atomic_write(out / f"{stem(name, base.name)}.json", json_bytes(found))
+    atomic_write(out / f"{stem(name, base.name, base.device)}.json", json_bytes(found))
     verdict = module.verdict(results)
     print(f"{name} ({base.name}, {base.device}): {verdict.word}: {verdict.why}", flush=True)
 
@@ -37,7 +37,8 @@ def settings(module: Any, base: Base, seeds: int | None) -> dict[str, Any]:
 def draw(name: str, out: Path) -> None:
     """The figures of a claim, from its numbers in the folder."""
     for found in measured(name, out):
-        claim(name).draw(found["results"], out / f"{stem(name, found['model'])}.png")
+        place = out / f"{stem(name, found['model'], found['device'])}.png"
+        claim(name).draw(found["results"], place)
 
 
 def main() -> None:

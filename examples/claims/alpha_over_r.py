@@ -33,7 +33,7 @@ from .picture import COLOURS, MARKERS, Figure, save
 REFERENCE, ALPHA = 4, 16
 SCALES = ("alpha / r", "alpha / sqrt(r)", "no scale")
 MOVEMENT, SHIFT = 1.5, 3.0
-SETTINGS = {"smollm2": {"rates": (1e-4, 3e-4, 1e-3, 3e-3, 9e-3), "batch_size": 8, "seeds": 2}}
+SETTINGS = {"smollm2": {"rates": (1e-4, 3e-4, 9e-4, 2.7e-3, 8.1e-3), "batch_size": 8, "seeds": 2}}
 
 
 def way_of(scale: str, rank: int) -> ml.LoraConfig:

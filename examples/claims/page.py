@@ -38,9 +38,9 @@ def claim(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 
 
-def stem(name: str, model: str) -> str:
+def stem(name: str, model: str, device: str) -> str:
     """What the files of a claim measured on that model are called, before the dot."""
-    return name if model == "mini" else f"{name}-{Path(model).name}"
+    return name + ("" if model == "mini" else f"-{Path(model).name}") + ("" if device == "cpu" else "-gpu")
 
 
 def measured(name: str, folder: Path) -> list[dict[str, Any]]:
@@ -67,12 +67,12 @@ def page(name: str, folder: Path) -> str:
     for found in measured(name, folder):
         results, model = found["results"], found["model"]
         verdict = module.verdict(results)
-        device = found.get("device", "cpu")
+        device = found["device"]
         option = ("" if model == "mini" else f" --model {model}") + ("" if device == "cpu" else f" --device {device}")
         parts += [
             f"## On {model}" + ("" if device == "cpu" else ", on a GPU"),
             f"**Verdict: it {verdict.word}.** {verdict.why[0].upper()}{verdict.why[1:]}.",
-            f"![{title}: the numbers below as a figure]({stem(name, model)}.png)",
+            f"![{title}: the numbers below as a figure]({stem(name, model, device)}.png)",
             module.rows(results),
             "Measured by",
             f"    python -m examples.claims {name}{option}",

@@ -42,7 +42,7 @@ from .common import trained_parameters as parameters
 from .picture import COLOURS, Figure, save
 
 ENOUGH, MORE = 0.90, 0.05
-SETTINGS = {"smollm2": {"rates": (5e-4, 1e-3, 2e-3), "full_rates": (5e-5, 1e-4, 2e-4), "steps": 80, "batch_size": 8}}
+SETTINGS = {"smollm2": {"rates": (1e-3, 2e-3), "full_rates": (1e-4, 2e-4), "steps": 80, "batch_size": 8}}
 
 
 def measure(

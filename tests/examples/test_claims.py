@@ -129,7 +129,30 @@ def test_a_name_that_is_no_claim_is_refused_with_the_names(monkeypatch, capsys):
     assert "rank_sweep" in capsys.readouterr().err
 
 
+def test_a_model_has_its_own_settings_and_the_command_the_last_word_on_seeds():
+    mini, other = common.Base("mini"), common.Base("smollm2", "cuda")
+    assert __main__.settings(which_matrices, mini, None) == {}
+    assert __main__.settings(which_matrices, other, None) == which_matrices.SETTINGS["smollm2"]
+    assert __main__.settings(which_matrices, other, 7)["seeds"] == 7
+    assert __main__.settings(latency, mini, 7) == {}  # it takes none
+
+
+def test_numbers_of_a_gpu_lie_beside_those_of_the_cpu():
+    stems = [page.stem("memory", *where) for where in (("mini", "cpu"), ("smollm2", "cpu"), ("smollm2", "cuda"))]
+    assert stems == ["memory", "memory-smollm2", "memory-smollm2-gpu"]
+
+
 # ---------------------------------------------------------------- what they share
+
+
+def test_a_fresh_base_shares_no_array_with_another(base):
+    one, other = common.fresh(base), common.fresh(base)
+    next(iter(dict(one.network.named_parameters()).values())).data[...] = 0
+    one.add_adapter("a", ml.LoraConfig(r=2))
+    assert not other.adapters
+    expected = dict(common.load(base).network.named_parameters())
+    for name, parameter in other.network.named_parameters():
+        assert np.array_equal(parameter.data, expected[name].data)
 
 
 def test_training_leaves_the_base_of_lora_alone_and_changes_all_of_it_in_full_fine_tuning(base):
