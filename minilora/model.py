@@ -18,6 +18,7 @@ from .inputs import IGNORED, Batch, Checked, checked, loss_weights, owned_labels
 from .lora import Adapters, Combination, LoraConfig, Merge, Rounding, combine
 from .lora.targets import selected, shortest_patterns
 from .models import CausalLM, ModelConfig
+from .models.together import lay_out
 from .nn import Linear
 from .ops import CompressedWeight
 from .tensor import Tensor, is_recording, no_grad
@@ -44,7 +45,7 @@ class Model:
         self.network, self.tokenizer, self.source = network, tokenizer, source
         self.generation_config = generation_config or {}
         if network.device != "cpu":
-            network.lay_out()
+            lay_out(network)
         self._adapters = Adapters(network)
         self._merge = Merge()
         self.changes = 0  # how often tensors were added, replaced or moved
@@ -98,7 +99,7 @@ class Model:
             tensor.grad = None
         self.network.compute_in(activation_dtype(self.network.lm_head.weight.dtype, device))
         if self.device != "cpu":
-            self.network.lay_out()
+            lay_out(self.network)
         return self
 
     def _all_tensors(self) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import ops
 from .backend import Array
-from .tensor import Tensor, is_recomputing
+from .tensor import Tensor
 
 
 class Module:
@@ -47,10 +47,6 @@ class Module:
                 yield name, value
             elif isinstance(value, list):
                 yield from ((f"{name}.{index}", item) for index, item in enumerate(value) if isinstance(item, Module))
-
-    def read_together(self) -> list[list[Linear]]:
-        """The layers of this Module that read the same input, group by group (see `together`)."""
-        return []
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """This Module (as "") and all below it, each with its dotted name."""
@@ -148,33 +144,6 @@ class Linear(Module):
     def base(self, x: Tensor) -> Tensor:
         """The layer without the adapters in its slot."""
         return ops.linear(x, self.weight, self.bias)
-
-
-def together(x: Tensor, *layers: Linear, value: bool = True) -> tuple[Tensor, ...]:
-    """Each layer's output for the same x (..., in), as layer(x): in one call where a kernel takes them together.
-
-    value: False where nobody reads the outputs; they may be zero then, with the gradients of the real ones.
-    """
-    if ops.lora_linears.kernels:
-        inputs: list[Any] = [x]
-        scales: list[float] = []
-        for layer in (layer.current() for layer in layers):
-            plain = (None, None, 0.0) if layer.adapter is None else layer.adapter.plain()
-            if plain is None or layer.weight.requires_grad:
-                break
-            inputs += [layer.weight, layer.bias, *plain[:2]]
-            scales.append(plain[2])
-        else:
-            if ops.lora_linears.has_kernel_for(*inputs, scales=tuple(scales)):
-                return ops.lora_linears(*inputs, scales=tuple(scales), value=value)
-    return tuple(layer(x) for layer in layers)
-
-
-def only_added(x: Tensor, layer: Linear) -> Tensor:
-    """layer(x), to be added to a block's result and nothing else: it is left out when a checkpointed block runs again,
-    since nobody reads that result.
-    """
-    return together(x, layer, value=False)[0] if is_recomputing() else layer(x)
 
 
 class Embedding(Module):

@@ -16,8 +16,8 @@ import numpy as np
 
 from ..errors import MiniloraError
 from ..files import Content, atomic_write_all, json_bytes, not_there, read_json_object
-from ..lora.adapters import PEFT_PREFIX
 from ..lora.config import LoraConfig
+from ..lora.values import PEFT_PREFIX
 from .safetensors import open_safetensors, tensor_file
 
 CONFIG_FILE = "adapter_config.json"

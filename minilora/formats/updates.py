@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import MiniloraError
-from ..lora.adapters import PEFT_PREFIX
 from ..lora.config import LoraConfig
 from ..lora.targets import pattern_value
+from ..lora.values import PEFT_PREFIX
 
 _LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 _MAGNITUDE = "lora_magnitude_vector"

@@ -2,12 +2,13 @@
 (combine), merging (merge).
 """
 
-from .adapters import PEFT_PREFIX, Adapters
+from .adapters import Adapters
 from .combine import Combination, combine
 from .config import LoraConfig
 from .layer import LoraLayer, Selection
 from .merge import Merge
 from .requantise import Rounding
+from .values import PEFT_PREFIX
 
 __all__ = [
     "PEFT_PREFIX",

@@ -16,12 +16,11 @@ from ..nn import Embedding, Linear
 from ..tensor import Tensor
 from .config import LoraConfig
 from .layer import AdapterSlot, LoraLayer, Selection
-from .own import Own, OwnParameters, copies, copy_of, repeats
+from .own import Own, OwnParameters, copies, copy_of
 from .targets import check_patterns, saved_names, target_names
+from .values import PEFT_PREFIX, check_nothing_is_left, fitting
 from .variants import layer_class
 from .variants.embedding import LoraEmbedding
-
-PEFT_PREFIX = "base_model.model."  # PEFT's keys are this, the module's path, a dot and the name within the layer
 
 
 class Adapters:
@@ -99,15 +98,16 @@ class Adapters:
             layers[path] = layer = kind(module, config, path, dtype, random, mask_seed)  # type: ignore[arg-type]
             for part, tensor in layer.parameters().items():
                 if values is not None:
-                    value = _fitting(values, f"{PEFT_PREFIX}{path}.{part}", tensor.shape, dtype)
+                    value = fitting(values, f"{PEFT_PREFIX}{path}.{part}", tensor.shape, dtype)
                     tensor.data = to_device(value, tensor.device)
                 tensor.requires_grad = tensor.requires_grad and trainable
         own = copies(self.network, config, paths, saved)
         for key, copy in own.items():
-            found = None if values is None else _fitting(values, PEFT_PREFIX + key, copy.shape_in_files, dtype)
+            found = None if values is None else fitting(values, PEFT_PREFIX + key, copy.shape_in_files, dtype)
             own[key] = copy_of(copy, found, dtype, trainable)
         if values is not None:
-            self._check_nothing_is_left(values, layers, own)
+            low_rank = {f"{path}.{part}" for path, layer in layers.items() for part in layer.parameters()}
+            check_nothing_is_left(values, low_rank | own.keys(), self.network)
         numbers = {path: number for number, path in enumerate(self.linears)}
         for path, layer in layers.items():
             module = self.adaptable[path]
@@ -117,19 +117,6 @@ class Adapters:
             copy.module.own = copy.module.own or OwnParameters(self.state)
             copy.module.own.tensors.setdefault(name, {})[copy.attribute] = copy.tensor
         self.configs[name], self.own[name] = config, own
-
-    def _check_nothing_is_left(
-        self, values: Mapping[str, np.ndarray], layers: Mapping[str, LoraLayer], own: Mapping[str, Own]
-    ) -> None:
-        """MiniloraError if a file has a tensor that is none of the adapter's, and no repetition of what is known."""
-        known = {f"{path}.{part}" for path, layer in layers.items() for part in layer.parameters()} | own.keys()
-        plain = {key.removeprefix(PEFT_PREFIX): value for key, value in values.items()}
-        extra = sorted(key for key in plain.keys() - known if not repeats(key, plain[key], plain, self.network))
-        if extra:
-            raise MiniloraError(
-                f"the adapter has {len(extra)} tensors that fit no layer of this model, first {PEFT_PREFIX}{extra[0]}: "
-                "is it another model's?"
-            )
 
     def remove(self, name: str) -> None:
         """Take adapter `name` out of all slots; a selection that names it becomes the bare base."""
@@ -203,13 +190,3 @@ class Adapters:
         low_rank = {f"{path}.{part}": array for path, layer in layers.items() for part, array in layer.saved().items()}
         copied = {key: own.as_in_files(own.tensor.data) for key, own in self.own[name].items()}
         return config, {PEFT_PREFIX + key: to_numpy(array) for key, array in (low_rank | copied).items()}
-
-
-def _fitting(values: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    if key not in values:
-        raise MiniloraError(f"the adapter has no tensor {key}, which its configuration calls for")
-    if values[key].shape != shape:
-        raise MiniloraError(
-            f"the adapter's {key} has shape {values[key].shape}, expected {shape}: is it another model's?"
-        )
-    return np.array(values[key], dtype)  # a copy: training writes into it

@@ -23,11 +23,12 @@ import numpy as np
 
 from ..backend import Array, array_module, to_numpy
 from ..errors import MiniloraError
-from .adapters import PEFT_PREFIX, Adapters
+from .adapters import Adapters
 from .config import LoraConfig
 from .layer import LoraLayer
 from .statistics import spectrum
 from .targets import shortest_patterns
+from .values import PEFT_PREFIX
 
 COMBINATIONS = ("cat", "svd")
 Terms = list[tuple[LoraLayer, float]]  # the adapters of one layer, with their weights

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..backend import Array, cast, to_device, to_numpy
+from ..backend import Array, cast, to_device
 from ..nn import AdapterState, Linear, Module
 from ..ops import CompressedWeight
 from ..tensor import Tensor
@@ -91,22 +91,3 @@ def copy_of(own: Own, value: np.ndarray | None, dtype: np.dtype, trainable: bool
     else:
         data = base.astype(dtype)  # always a copy: training writes into it
     return own._replace(tensor=Tensor(data, requires_grad=trainable))
-
-
-def repeats(key: str, value: np.ndarray, values: Mapping[str, np.ndarray], network: Module) -> bool:
-    """Whether a tensor of an adapter's file only says again what is known, as some that PEFT writes do.
-
-    These are the base's own weight of an adapted embedding or head (`base_layer.weight`), and beside bias="all" the
-    biases of modules that are saved whole (`original_module.bias`, `modules_to_save.bias`). key: without PEFT's prefix.
-    """
-    path, _, attribute = key.rpartition(".")
-    module, _, kind = path.rpartition(".")
-    if kind == "modules_to_save":
-        again = values.get(f"{module}.{attribute}")
-        return again is not None and np.array_equal(value, again)
-    if kind not in ("base_layer", "original_module"):
-        return False
-    base = getattr(dict(network.named_modules()).get(module), attribute, None)
-    if not isinstance(base, Tensor) or isinstance(base.data, CompressedWeight) or value.shape != base.shape:
-        return False
-    return np.array_equal(cast(value, base.dtype), to_numpy(base))

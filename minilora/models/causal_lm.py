@@ -18,7 +18,6 @@ from .. import ops
 from ..backend import Array, array_module, compute_dtype
 from ..execution import one_pass
 from ..inputs import Batch, Labelled, labelled_positions, segment_positions
-from ..memory import release_unused
 from ..nn import AdapterState, Embedding, Linear, Module
 from ..tensor import Tensor, checkpoint
 from .cache import KVCache
@@ -64,24 +63,6 @@ class CausalLM(Module):
     def ignores(cls, name: str, config: ModelConfig) -> bool:
         """Whether a checkpoint's tensor of this name needs no place here: a tied head, a buffer of constants."""
         return name == "lm_head.weight" and config.tie_word_embeddings
-
-    def lay_out(self) -> None:
-        """On a GPU, put the weights of layers that read the same input one under the other in memory.
-
-        They stay arrays of their own, with the same values; a kernel can take them as one matrix.
-        """
-        for _, module in self.named_modules():
-            for group in module.read_together():
-                weights = [layer.weight for layer in group]
-                if any(isinstance(weight.data, ops.CompressedWeight) or weight.trained for weight in weights):
-                    continue
-                if len({weight.dtype for weight in weights}) > 1:
-                    continue
-                whole = array_module(weights[0].data).concatenate([weight.data for weight in weights])
-                start = 0
-                for weight in weights:
-                    weight.data, start = whole[start : start + len(weight)], start + len(weight)
-                release_unused(self.device)
 
     def compute_in(self, dtype: np.dtype) -> None:
         """Let activations be of `dtype` from here on."""

@@ -18,12 +18,13 @@ import numpy as np
 from .. import ops
 from ..backend import Array, array_module
 from ..errors import MiniloraError
-from ..nn import Embedding, LayerNorm, Linear, Module, Weights, only_added
+from ..nn import Embedding, LayerNorm, Linear, Module, Weights
 from ..tensor import Tensor
 from .causal_lm import CausalLM
 from .config import ModelConfig
 from .config_file import ConfigReader
 from .parts import Context
+from .together import only_added
 
 PREFIX = "transformer."
 

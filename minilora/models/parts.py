@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from .. import ops
 from ..backend import Array
-from ..nn import Linear, Module, RMSNorm, Weights, only_added, together
+from ..nn import Linear, Module, RMSNorm, Weights
 from ..tensor import Tensor
 from .cache import KVCache
 from .config import ModelConfig
+from .together import only_added, together
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,6 @@ class SelfAttention(Module):
         self.q_norm = RMSNorm(weights.at("q_norm").take("weight", width), config.norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(weights.at("k_norm").take("weight", width), config.norm_eps) if qk_norm else None
 
-    def read_together(self) -> list[list[Linear]]:
-        return [[self.q_proj, self.k_proj, self.v_proj]]
-
     def forward(self, x: Tensor, context: Context) -> Tensor:
         batch, time, _ = x.shape
         q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
@@ -77,9 +75,6 @@ class GatedMLP(Module):
         self.gate_proj = Linear.load(weights.at("gate_proj"), inner, hidden, bias)
         self.up_proj = Linear.load(weights.at("up_proj"), inner, hidden, bias)
         self.down_proj = Linear.load(weights.at("down_proj"), hidden, inner, bias)
-
-    def read_together(self) -> list[list[Linear]]:
-        return [[self.gate_proj, self.up_proj]]
 
     def forward(self, x: Tensor) -> Tensor:
         return only_added(ops.silu_mul(*together(x, self.gate_proj, self.up_proj)), self.down_proj)

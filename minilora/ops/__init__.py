@@ -5,10 +5,11 @@ from .arithmetic import add, div, exp, log, maximum, mean, mul, neg, power, sqrt
 from .attention import attention
 from .dora import with_magnitude
 from .embedding import embedding
+from .fused import add_layer_norm, add_rms_norm, lora_linears, lora_rows
 from .linalg import CompressedWeight, linear, matmul
-from .lora import dropout, lora_linear, lora_linears, lora_rows, low_rank
+from .lora import dropout, lora_linear, low_rank
 from .loss import cross_entropy, linear_cross_entropy
-from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .norm import layer_norm, rms_norm
 from .rotary import rotary
 from .shape import add_rows, astype, broadcast_to, concatenate, getitem, reshape, select_rows, transpose, unstack
 

@@ -1,11 +1,9 @@
-"""Normalisation over the last axis, also with the residual addition that comes before it in a decoder block.
+"""Normalisation over the last axis.
 
 Statistics are taken in at least float32, whatever the dtype of x.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from ..backend import Array, array_module, cast, compute_dtype
 from ..tensor import primitive
@@ -71,34 +69,3 @@ def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple
         return dx, dweight, dbias
 
     return y, vjp
-
-
-def _with_residual(norm: Any, x: Array, delta: Array | None, parameters: tuple[Array, ...], eps: float, needs: Any):
-    """s = x + delta and y = norm(s, parameters): what `add_rms_norm` and `add_layer_norm` share."""
-    s = x if delta is None else x + delta
-    y, norm_vjp = norm.definition(s, *parameters, eps=eps, needs=(needs[0] or needs[1], *needs[2:]))
-
-    def vjp(ds, dy):
-        dx, *dparameters = norm_vjp(dy)
-        total = None if dx is None else ds + dx
-        return (total if needs[0] else None), (total if needs[1] else None), *dparameters
-
-    return (s, y), vjp
-
-
-@primitive
-def add_rms_norm(x: Array, delta: Array | None, weight: Array, *, eps: float, needs: tuple[bool, bool, bool]):
-    """s = x + delta (x for None) and y = rms_norm(s): a step of the residual stream with the norm that reads it.
-
-    x, delta (..., D), w (D,) -> s, y (..., D). With ds and dy the gradients of the two results:
-        dx = ddelta = ds + (rms_norm's dx for dy),  dw as in rms_norm
-    """
-    return _with_residual(rms_norm, x, delta, (weight,), eps, needs)
-
-
-@primitive
-def add_layer_norm(
-    x: Array, delta: Array | None, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, bool, bool, bool]
-):
-    """s = x + delta (x for None) and y = layer_norm(s); shapes and gradients as in `add_rms_norm` and `layer_norm`."""
-    return _with_residual(layer_norm, x, delta, (weight, bias), eps, needs)

@@ -171,8 +171,8 @@ MATRICES = [
     ),
     Mutant(
         "ops/linalg.py",
-        "    if bias is not None:\n        y += bias\n    x = x",
-        "    x = x",
+        "        if bias is not None:\n            y += bias\n        y = y.reshape(shape_y)",
+        "        y = y.reshape(shape_y)",
         "linear: no bias",
         primitive("linear"),
     ),
@@ -465,8 +465,8 @@ ATTENTION = [
 LORA = [
     Mutant(
         "ops/lora.py",
-        "    y += product(u, scaled_B.T)\n    if bias",
-        "    y += product(u, lora_B.T)\n    if bias",
+        "        y += product(u, scaled_B.T)\n        if bias",
+        "        y += product(u, lora_B.T)\n        if bias",
         "lora_linear: the scale is missing in the value",
         primitive("lora_linear"),
     ),
@@ -990,7 +990,7 @@ KERNELS = [
         kernel("lora_rows"),
     ),
     Mutant(
-        "ops/lora.py",
+        "ops/fused.py",
         "dx[index] += d_own",
         "dx[index] = d_own",
         "lora_rows: dx lacks the base's part",

@@ -111,7 +111,7 @@ TARGETING = [
         (*OWN, *PARITY),
     ),
     Mutant(
-        "lora/own.py",
+        "lora/values.py",
         "return again is not None and np.array_equal(value, again)",
         "return True",
         "own: a repetition that is none is let pass",

@@ -1,7 +1,7 @@
 """LoRA linear layers through cuBLAS: the low-rank terms are added into the same result by the products themselves.
 
-What they compute: ops/lora.py. The base is bfloat16 (or float16, float32), adapters and their gradients are float32; in
-a pass A and B are rounded to the activations' dtype once, all of them in one launch.
+What they compute: ops/lora.py, ops/fused.py. The base is bfloat16 (or float16, float32), adapters and their gradients
+are float32; in a pass A and B are rounded to the activations' dtype once, all of them in one launch.
 Axes: N tokens, in and out the layer's widths, r the rank, R the sum of ranks of layers that share an input.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from ... import ops
 from ...backend import Array
+from ...ops.fused import one_after_another
 from ...ops.linalg import rows, unread
-from ...ops.lora import one_after_another
 from .branches import Fork
 from .gemm import gemm
 from .lists import narrowed, narrowed_stack
@@ -111,8 +111,8 @@ def group_applies(x: Array, *layers: Any, scales: tuple[float, ...], value: bool
 
 @ops.lora_linears.kernel("cuda", group_applies)
 def lora_linears(x: Array, *layers: Any, scales: tuple[float, ...], value: bool = True, needs: tuple[bool, ...]):
-    """The layers as one: W one under the other (CausalLM.lay_out puts them so), A too, and B as the blocks of a matrix
-    that is zero elsewhere. Forward is then three products for all, and backward five.
+    """The layers as one: W one under the other (models/together.py puts them so), A too, and B as the blocks of a
+    matrix that is zero elsewhere. Forward is then three products for all, and backward five.
     """
     weights = layers[::4]
     used = {scale for A, scale in zip(layers[2::4], scales, strict=True) if A is not None}

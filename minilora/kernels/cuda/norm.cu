@@ -1,6 +1,6 @@
 // Norms with the residual addition before them, one row of the (N, D) activations at a time.
 //
-// Definitions: ops/norm.py, add_rms_norm and add_layer_norm.
+// Definitions: ops/fused.py, add_rms_norm and add_layer_norm.
 //   forward:   s = x + delta;  y = norm(s)
 //   backward:  ds = dres + norm's dx(dy), where dres is the gradient that reaches s past the norm
 //   again:     y from s and its statistics, for a layer that would otherwise have to keep y

@@ -1,6 +1,6 @@
 """Norms with the residual addition before them in one launch, and in backward the residual gradient added in another.
 
-What they compute: ops/norm.py. The kernels and their roofline: norm.cu.
+What they compute: ops/norm.py, ops/fused.py. The kernels and their roofline: norm.cu.
 """
 
 from __future__ import annotations
