@@ -160,8 +160,10 @@ def test_an_old_config_with_few_keys_gets_peft_s_defaults(adapter):
 
 
 def test_a_model_or_nothing_in_place_of_an_adapter_is_explained(tmp_path):
-    with pytest.raises(MiniloraError, match=r"is no adapter: expected a directory with adapter_config\.json"):
+    with pytest.raises(MiniloraError, match=r"no such file or folder: .*gone; expected an adapter: a directory"):
         read_adapter(tmp_path / "gone")
+    with pytest.raises(MiniloraError, match=r"is no adapter: expected a directory with adapter_config\.json"):
+        read_adapter(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(MiniloraError, match="is a model, not an adapter"):
         read_adapter(tmp_path)
