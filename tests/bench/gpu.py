@@ -4,6 +4,10 @@
     python -m tests.bench.gpu llama-7b smollm2         these cases
     python -m tests.bench.gpu --sides ours,eager       these sides
     python -m tests.bench.gpu --profile smollm2        our step by kernel
+    python -m tests.bench.gpu --render                 docs/performance.md's table from docs/performance-gpu.json
+
+All records of a run are of one commit and one card, and go to one file (--json docs/performance-gpu.json). The sides
+come one after the other, ours first, each through all cases: a run that is cut off by --within has the first ones.
 
 Each side of a case is a process of its own: its peak is the most that its arrays held. bfloat16 base, float32 adapters,
 r = 8 on all seven linears (GPT-2: its four), AdamW, every token labelled. Times are medians of blocks of steps that
@@ -14,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +61,7 @@ SHAPES = {
 class Case:
     """limit, goal: seconds of our step; most: GiB of its peak. Both from the project's targets on an H100 80GB."""
 
+    title: str
     shape: str
     batch: int
     length: int
@@ -67,17 +74,24 @@ class Case:
 
 
 CASES = {
-    "llama-7b": Case("llama-7b", 1, 2048, limit=0.125, goal=0.100, most=20),
+    "llama-7b": Case("Llama-7B, 1 × 2048", "llama-7b", 1, 2048, limit=0.125, goal=0.100, most=20),
     "llama-7b-checkpoint": Case(
-        "llama-7b", 1, 2048, checkpoint=True, limit=0.170, most=14, sides=("ours", "eager", "eager-bf16")
+        "Llama-7B, 1 × 2048, checkpointing", "llama-7b", 1, 2048, checkpoint=True, limit=0.170, most=14,
+        sides=("ours", "eager", "eager-bf16"),
     ),
-    "llama-7b-qv": Case("llama-7b", 1, 2048, targets=("q_proj", "v_proj"), sides=("ours", "eager")),
-    "llama-7b-512": Case("llama-7b", 1, 512, sides=("ours", "eager")),
-    "smollm2": Case("smollm2", 8, 512, limit=0.016, goal=0.011),
-    "smollm2-256": Case("smollm2", 1, 256, limit=0.008, goal=0.005, sides=("ours", "eager", "eager-bf16")),
-    "gpt2": Case("gpt2", 8, 512, limit=0.008, goal=0.0055),
-    "llama-1b-32k": Case("llama-3.2-1b", 1, 32768, checkpoint=True, most=24, sides=("ours",)),
-}
+    "llama-7b-qv": Case(
+        "Llama-7B, 1 × 2048, q and v only", "llama-7b", 1, 2048, targets=("q_proj", "v_proj"), sides=("ours", "eager")
+    ),
+    "llama-7b-512": Case("Llama-7B, 1 × 512", "llama-7b", 1, 512, sides=("ours", "eager")),
+    "smollm2": Case("SmolLM2-135M, 8 × 512", "smollm2", 8, 512, limit=0.016, goal=0.011),
+    "smollm2-256": Case(
+        "SmolLM2-135M, 1 × 256", "smollm2", 1, 256, limit=0.008, goal=0.005, sides=("ours", "eager", "eager-bf16")
+    ),
+    "gpt2": Case("GPT-2 124M, 8 × 512", "gpt2", 8, 512, limit=0.008, goal=0.0055),
+    "llama-1b-32k": Case(
+        "Llama-3.2-1B, 1 × 32,768, checkpointing", "llama-3.2-1b", 1, 32768, checkpoint=True, most=24, sides=("ours",)
+    ),
+}  # fmt: skip
 
 
 # --- sides, each run in a process of its own ------------------------------------------------------------------------
@@ -293,7 +307,10 @@ def main() -> int:
     parser.add_argument("--side", help="measure this side of the one case in this process, and print its record")
     parser.add_argument("--profile", action="store_true", help="our step of each case by kernel")
     parser.add_argument("--limit", type=float, default=240, help="seconds that a side may take")
-    parser.add_argument("--json", help="write all records to this file")
+    parser.add_argument("--within", type=float, default=float("inf"), help="seconds that all of it may take")
+    parser.add_argument("--json", type=Path, help="write all records to this file")
+    parser.add_argument("--commit", default="", help="what was measured, for the record (default: what git says)")
+    parser.add_argument("--render", action="store_true", help="write docs/performance.md's table")
     options = parser.parse_args()
     if options.side:
         print(json.dumps(SIDES[options.side](CASES[options.cases[0]])))
@@ -303,20 +320,93 @@ def main() -> int:
             print(name, file=sys.stderr)
             ours(CASES[name], profile=True)
         return 0
-    records: dict[str, dict[str, Any]] = {}
-    for name in options.cases:
-        case, our_time = CASES[name], None
-        for side in options.sides.split(",") if options.sides else case.sides:
-            record = run_side(name, side, options.limit)
-            records.setdefault(name, {})[side] = record
-            if side == "ours" and "seconds" in record:
-                our_time = statistics.median(record["seconds"])
-            print(line(name, side, record, case, our_time), flush=True)
-        if options.json:
-            with open(options.json, "w", encoding="utf-8") as file:
-                json.dump({"card": card(), "cases": records}, file, indent=1)
-    print(card())
+    if options.render:
+        render(json.loads(RESULTS.read_text(encoding="utf-8")))
+        return 0
+    end = time.monotonic() + options.within
+    result: dict[str, Any] = {"card": card(), "commit": options.commit or commit(), "cases": {}}
+    for side in options.sides.split(",") if options.sides else SIDES:
+        for name in options.cases:
+            left = min(options.limit, end - time.monotonic())
+            if side not in CASES[name].sides or left < LEAST:
+                continue
+            sides = result["cases"].setdefault(name, {})
+            sides[side] = run_side(name, side, left)
+            own = sides.get("ours", {}).get("seconds")
+            print(line(name, side, sides[side], CASES[name], statistics.median(own) if own else None), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(result["card"], result["commit"])
     return 0
+
+
+LEAST = 10  # seconds: a side that has less left is not begun
+
+
+# --- docs/performance.md ----------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[2] / "docs"
+RESULTS, PAGE = DOCS / "performance-gpu.json", DOCS / "performance.md"
+MARKED = re.compile(r"(<!-- gpu -->\n).*?(<!-- /gpu -->)", re.DOTALL)
+
+
+def render(result: dict[str, Any]) -> None:
+    """Write the table of a run between the page's markers."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert MARKED.search(page), f"{PAGE.name} has no <!-- gpu --> … <!-- /gpu -->"
+    PAGE.write_text(MARKED.sub(lambda marks: marks[1] + tables(result) + marks[2], page), encoding="utf-8")
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The run as Markdown: what it was measured on, a row for each case, and what failed."""
+    heads = ["model, batch × length", "minilora", *SIDES_OF_TORCH.values(), "share of the fastest", "target"]
+    rows, failures, versions = [], [], set()
+    for name, sides in result["cases"].items():
+        case = CASES[name]
+        found = {side: record for side, record in sides.items() if "seconds" in record}
+        failures += [f"{case.title}, {side}: {sides[side]['failed']}" for side in sides if side not in found]
+        versions |= {record["versions"] for record in found.values()}
+        if "ours" not in found:
+            continue
+        median = {side: statistics.median(record["seconds"]) for side, record in found.items()}
+        fastest = min((seconds for side, seconds in median.items() if side != "ours"), default=None)
+        share = "" if fastest is None else f"{median['ours'] / fastest:.2f}"
+        cells = [amount(median[side], found[side]) if side in found else "" for side in ("ours", *SIDES_OF_TORCH)]
+        rows.append([case.title, *cells, share, verdict(case, median["ours"], found["ours"]["peak_bytes"])])
+    where = f"{result['card']}; {'; '.join(sorted(versions))}; all of commit {result['commit'] or 'unknown'}, one run."
+    table = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads), *(f"| {' | '.join(row)} |" for row in rows)]
+    text = "\n".join([where, "", *table])
+    return text + "\n" + "".join(f"\nNot measured: {failure}.\n" for failure in failures)
+
+
+SIDES_OF_TORCH = {
+    "eager": "torch + PEFT", "compiled": "compiled", "eager-bf16": "bfloat16 adapters", "compiled-bf16": "compiled",
+}  # fmt: skip
+
+
+def amount(seconds: float, record: dict[str, Any]) -> str:
+    time_text = f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return f"{time_text}, {record['peak_bytes'] / 2**30:.1f}"
+
+
+def verdict(case: Case, seconds: float, peak: int) -> str:
+    """The case's targets, and whether they were met."""
+    said = []
+    for what, bound in (("", case.limit), ("goal ", case.goal)):
+        if bound is not None:
+            said.append(f"{what}{1000 * bound:g} ms: {'met' if seconds <= bound else 'missed'}")
+    if case.most is not None:
+        said.append(f"{case.most:g} GiB: {'met' if peak <= case.most * 2**30 else 'missed'}")
+    return "; ".join(said)
+
+
+def commit() -> str:
+    """The checkout's commit, with a + where files differ from it; empty where there is no git."""
+    answers = [
+        subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "minilora"])
+    ]
+    return answers[0].stdout.strip() + ("+" if answers[1].stdout.strip() else "")
 
 
 def card() -> str:
