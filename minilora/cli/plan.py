@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import bytes_text, print_json, print_table
+from .console import bytes_text, print_json, print_table, say
 from .options import Json
 
 if TYPE_CHECKING:
@@ -40,6 +40,13 @@ def command(
         str, typer.Option(help='Which layers, as for train: "all-linear", endings of names, a regular expression.')
     ] = "all-linear",
     exclude: Annotated[str | None, typer.Option(help="Which of these not, in the same form.")] = None,
+    dora: Annotated[bool, typer.Option("--dora", help="Train each output's magnitude apart (DoRA).")] = False,
+    variant: Annotated[str, typer.Option(help="Another variant of LoRA: lora_fa trains B only.")] = "lora",
+    modules_to_save: Annotated[
+        str | None,
+        typer.Option(help="Modules to train whole beside the adapters: endings of names separated by commas."),
+    ] = None,
+    bias: Annotated[str, typer.Option(help="Biases to train too: none, all, or lora_only.")] = "none",
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 1,
     max_length: Annotated[
         int | None,
@@ -66,14 +73,21 @@ def command(
     from ..lora import LoraConfig
     from ..plan import Step, plan
     from ..plan.plan import matrix_of
-    from ..train.settings import parse_targets
+    from ..train.settings import names_in, parse_targets
 
     ranks = parse_ranks(rank)
     if (matrix := matrix_of(name)) is not None:
         show_matrix(matrix, ranks, as_json)
         return
-    excluded = None if exclude is None else parse_targets(exclude)
-    loras = [LoraConfig(r=each, target_modules=parse_targets(targets), exclude_modules=excluded) for each in ranks]
+    lora = LoraConfig(
+        target_modules=parse_targets(targets),
+        exclude_modules=None if exclude is None else parse_targets(exclude),
+        use_dora=dora,
+        variant=variant,
+        modules_to_save=None if modules_to_save is None else names_in(modules_to_save),
+        bias=bias,
+    )
+    loras = [lora.with_changes(r=each) for each in ranks]
     step = Step(batch_size, max_length, checkpoint, label_share, device)
     elsewhere = replace(step, device="cuda" if device == "cpu" else "cpu")
     main, other = (plan(name, loras, each, dtype, adapter_dtype) for each in (step, elsewhere))
@@ -122,10 +136,10 @@ def show_matrix(shape: tuple[int, int], ranks: Sequence[int], as_json: bool) -> 
 def print_plan(plan: Plan) -> None:
     memory = plan.columns[0].memory
     stored = "" if plan.stored is None else f", {bytes_text(plan.stored)} in its file"
-    typer.echo(f"{plan.name}: {memory.parameters:,} parameters{stored}")
+    say(f"{plan.name}: {memory.parameters:,} parameters{stored}")
     where = "the CPU" if plan.step.device == "cpu" else "a GPU (an estimate)"
     again = ", blocks recomputed in backward" if plan.step.checkpoint else ""
-    typer.echo(
+    say(
         f"  on {where}, batches of {plan.step.batch_size} × {plan.length} tokens, {percent(plan.step.label_share)} of "
         f"them with a loss{again}; LoRA holds the base in {plan.held}"
     )
@@ -144,14 +158,22 @@ def print_plan(plan: Plan) -> None:
 def print_fitting(plan: Plan) -> None:
     """On what the peaks have room, for machines of the plan's device."""
     from ..plan import fitting
+    from ..plan.machines import MARGINS
 
     where = "fits on a computer" if plan.step.device == "cpu" else f"on a GPU, estimated ({plan.held})"
-    rows = [[machine.name, *("yes" if fits else "–" for fits in each)] for machine, each in fitting(plan).items()]
-    print_table([where, *(f"{title(column)}>" for column in plan.columns)], rows)
+    rows = [
+        [machine.name, f"{machine.memory} GiB", bytes_text(machine.usable), *("yes" if fits else "–" for fits in each)]
+        for machine, each in fitting(plan).items()
+    ]
+    print_table([where, "memory>", "of it for a run>", *(f"{title(column)}>" for column in plan.columns)], rows)
+    say(f"  {MARGINS[plan.step.device]}")
 
 
 def title(column: Column) -> str:
-    return "full fine-tuning" if column.lora is None else f"LoRA, rank {column.lora.r}"
+    if column.lora is None:
+        return "full fine-tuning"
+    kind = "DoRA" if column.lora.use_dora else {"lora": "LoRA", "lora_fa": "LoRA-FA"}[column.lora.variant]
+    return f"{kind}, rank {column.lora.r}"
 
 
 def percent(share: float) -> str:
@@ -164,6 +186,7 @@ def percent(share: float) -> str:
 def as_data(main: Plan, other: Plan) -> dict[str, Any]:
     """The plan, and what fits on machines of its own and the other device."""
     from ..plan import fitting
+    from ..plan.machines import MACHINES, MARGINS
 
     fits = {plan.step.device: fitting(plan) for plan in (main, other)}
     ways = [
@@ -189,4 +212,12 @@ def as_data(main: Plan, other: Plan) -> dict[str, Any]:
         **asdict(main.step),
         "length": main.length,
         "ways": ways,
+        "machines": {
+            device: [
+                {"name": machine.name, "memory_gib": machine.memory, "usable_bytes": machine.usable}
+                for machine in machines
+            ]
+            for device, machines in MACHINES.items()
+        },
+        "margins": MARGINS,
     }

@@ -1,7 +1,8 @@
 """What a plan is held against: the memory of common graphics cards and computers.
 
-A card's memory is its nominal GiB less what its driver and CUDA context take. Of a computer's memory a part belongs to
-the system and other programs. Both parts are stated here, so that a reader may put his own.
+A card's memory is its nominal GiB (of a card that spends some of it on error correction, what its driver then reports)
+less what its driver and CUDA context take. Of a computer's memory a part belongs to the system and other programs. Both
+parts are stated here, so that a reader may put his own.
 """
 
 from __future__ import annotations
@@ -38,14 +39,21 @@ CARDS = tuple(
     for name, memory in (
         ("RTX 4060", 8),
         ("RTX 3060, 4070", 12),
-        ("T4, RTX 4080", 16),
-        ("RTX 3090, 4090, L4, A10", 24),
+        ("T4", 15),
+        ("RTX 4080", 16),
+        ("L4, A10", 22),
+        ("RTX 3090, 4090", 24),
         ("RTX 5090, V100", 32),
         ("A100 40 GB", 40),
-        ("L40S, RTX 6000 Ada", 48),
+        ("L40S", 44),
+        ("RTX 6000 Ada", 48),
         ("A100, H100 80 GB", 80),
         ("H200", 141),
         ("B200", 180),
     )
 )
+MARGINS = {  # what `usable` leaves to others, in words
+    "cpu": f"{SYSTEM_SHARE:.0%} of a computer's memory is left to the system, {PROGRAM // 10**6} MB to the program",
+    "cuda": f"{CUDA_CONTEXT / GIB:g} GiB of a card are left to its driver and the CUDA context",
+}
 MACHINES = {"cpu": COMPUTERS, "cuda": CARDS}

@@ -7,7 +7,7 @@ arithmetic; so what is kept, and until when, is what the engine keeps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,14 @@ import numpy as np
 from ..backend import compute_dtype
 from ..errors import MiniloraError
 from ..inputs import IGNORED
-from ..lora import Adapters, LoraConfig
+from ..lora import LoraConfig
 from ..models import CausalLM
 from ..tensor import Tensor
 from ..train.config import DEFAULT_LENGTH
+from .adapters import attach
 from .rules import Rules
 from .shapes import Ledger, ShapeArray, shape_network
 
-ADAPTER = "planned"
 MOMENTS = 2  # arrays of a parameter's size that Adam keeps: m and v
 UPDATE_TEMPORARIES = 3  # arrays of a parameter's size while it is updated: √v, m over it, that times the rate
 
@@ -63,7 +63,8 @@ class Step:
 class Memory:
     """Numbers of parameters, and bytes at the peak of a step; `peak` is the sum of the bytes.
 
-    weights: the base, in the dtype that it is held in (a trained one in float32). adapter: A and B. activations: what
+    weights: the base, in the dtype that it is held in (a trained one in float32). adapter: all that it holds
+    (A and B, DoRA's magnitudes, copies of what it trains whole). activations: what
     forward keeps for backward. working: everything else at the peak: results on their way, buffers that are used again,
     temporaries of the update.
     """
@@ -85,21 +86,21 @@ class Memory:
 def step_memory(
     config: dict[str, Any], lora: LoraConfig | None, step: Step, held: np.dtype[Any]
 ) -> tuple[Memory, dict[str, tuple[int, ...]]]:
-    """The memory of one step on the network of a config.json's contents, and the shapes of what is trained, by name.
+    """The memory of one step on the network of a config.json's contents, and the shapes of what is saved, by name.
 
     lora: the adapter that is trained; None: every parameter of the base is. held: the dtype that a frozen base is held
     in. Raises MiniloraError for a config, targets or a length that cannot be.
     """
     network = shape_network(config, held, _computes(step, held))
-    base = dict(network.named_parameters())
+    base, ledger = dict(network.named_parameters()), Ledger()
     if lora is None:
-        trained = base
-        for parameter in trained.values():
+        saved = base
+        for parameter in saved.values():
             parameter.data = ShapeArray(parameter.shape, compute_dtype(held))
             parameter.requires_grad = True
     else:
-        trained = attach(network, lora)
-    ledger = Ledger()
+        saved = attach(network, lora, ledger)
+    trained = {name: parameter for name, parameter in saved.items() if parameter.requires_grad}
     kept = run(network, step, ledger, trained.values())
     ledger.passing(UPDATE_TEMPORARIES * max(parameter.data.nbytes for parameter in trained.values()))
     gradients = sum(parameter.grad.nbytes for parameter in trained.values() if parameter.grad is not None)
@@ -107,30 +108,13 @@ def step_memory(
         parameters=sum(parameter.size for parameter in base.values()),
         trained=sum(parameter.size for parameter in trained.values()),
         weights=_bytes(base),
-        adapter=0 if lora is None else _bytes(trained),
+        adapter=0 if lora is None else _bytes(saved),
         gradients=gradients,
         optimiser=MOMENTS * _bytes(trained),
         activations=kept,
         working=max(0, ledger.peak - gradients - kept),
     )
-    return memory, {name: parameter.shape for name, parameter in trained.items()}
-
-
-def attach(network: CausalLM, lora: LoraConfig) -> dict[str, Tensor]:
-    """Put the adapter onto the network, and select it; its parameters by PEFT's keys, as shapes."""
-    for field, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
-        if (asked := getattr(lora, field)) and asked != plain:
-            raise MiniloraError(
-                f"a plan is for A and B alone, found LoraConfig.{field} = {asked!r}, expected {plain!r}"
-            )
-    adapters = Adapters(network)
-    adapters.add(ADAPTER, lora.with_changes(init="zeros"))
-    adapters.select(ADAPTER)
-    network.adapter_state.selection = replace(adapters.selection, dropout_pass=1)  # as in training
-    parameters = adapters.parameters(ADAPTER)
-    for parameter in parameters.values():
-        parameter.data = ShapeArray(parameter.shape, parameter.dtype)
-    return parameters
+    return memory, {name: parameter.shape for name, parameter in saved.items()}
 
 
 def run(network: CausalLM, step: Step, ledger: Ledger, trained: Iterable[Tensor]) -> int:

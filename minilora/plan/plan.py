@@ -12,7 +12,7 @@ from typing import Any
 
 from ..backend import dtype_of
 from ..errors import MiniloraError
-from ..files import read_json_object
+from ..files import not_there, read_json_object
 from ..formats.checkpoint import NAMES, find_model, open_checkpoint
 from ..lora import LoraConfig
 from ..models import family_of
@@ -73,6 +73,8 @@ def plan(
     """
     step = step or Step()
     held = dtype or ("bfloat16" if step.device == "cuda" else "float32")
+    if file_dtype not in _FILE_NAMES:
+        raise MiniloraError(f"file_dtype is {file_dtype!r}, expected one of {', '.join(_FILE_NAMES)}")
     if not loras:
         raise MiniloraError("found no adapter to plan, expected at least one LoraConfig")
     name, config, sizes = ("a config", dict(model), None) if isinstance(model, Mapping) else _find(model, held)
@@ -121,7 +123,7 @@ def _find(model: str | Path, held: str) -> tuple[str, dict[str, Any], tuple[int,
     path = Path(model).expanduser()
     if not path.exists() and str(model) not in NAMES:
         if (config := named_config(str(model))) is None:
-            raise unknown(str(model))
+            raise unknown(str(model)) if path.name == str(model) else not_there(path, "a model directory or .gguf file")
         return str(model), config, None
     if path.is_dir() and (path / "config.json").exists() and not any(path.glob("*.safetensors*")):
         return str(model), read_json_object(path / "config.json"), None  # a config alone is enough

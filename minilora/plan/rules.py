@@ -15,6 +15,8 @@ The facts, for the CPU, in the order of the code below (N tokens, D width, F MLP
     lora_linear             (N, out), u      what x is made from, else x; u      dA and dB of each share of the work
     lora_linears            as lora_linear, for layers of one x together
     add                     (N, D)           –
+    with_magnitude          (N, out)         z (N, out), if m is trained         –
+    sub                     (N, D)           –
     add_rms_norm            s, y             s, 1/ρ                              y can be made again from these
     rotary                  (N, H d)         –
     attention               o, log Σ (N, H)  q, k, v, o, log Σ                   dk and dv, of each share of the work
@@ -304,6 +306,37 @@ class Rules:
         def vjp(dy: ShapeArray) -> Any:
             shapes = (getattr(kept[1], "shape", dy.shape), getattr(kept[0], "shape", dy.shape))
             return tuple(self.fresh(shapes[side], dy.dtype) if need else None for side, need in enumerate(needs))
+
+        return y, vjp
+
+    def sub(self, a: ShapeArray, b: ShapeArray, *, needs: Any = (True, True)) -> Any:
+        shape, y = a.shape, self.fresh(a.shape, np.result_type(a.dtype, b.dtype))
+
+        def vjp(dy: ShapeArray) -> Any:
+            return (dy if needs[0] else None), (self.fresh(shape, dy.dtype) if needs[1] else None)
+
+        return y, vjp
+
+    def with_magnitude(
+        self, z: ShapeArray, magnitude: ShapeArray, bias: ShapeArray | None, *, norm: ShapeArray, needs: Any
+    ) -> Any:
+        """On a GPU without a kernel: products in the magnitude's dtype, narrowed afterwards."""
+        shape, dtype, wide = z.shape, z.dtype, magnitude.dtype
+        factor, y = self.fresh(magnitude.shape, wide), self.reused(shape, dtype)
+        if self.on_gpu:
+            self.on_the_way(z.size * wide.itemsize)
+        kept = (norm, factor, z if needs[1] else None)
+
+        def vjp(dy: ShapeArray) -> Any:
+            if self.on_gpu:
+                self.on_the_way(2 * dy.size * wide.itemsize)
+            elif kept[2] is not None:
+                self.blocks_of("magnitude", dy)
+            return (
+                self.reused(shape, dtype) if needs[0] else None,
+                self.fresh(magnitude.shape, wide) if needs[1] else None,
+                self.fresh(magnitude.shape, wide) if needs[2] else None,
+            )
 
         return y, vjp
 

@@ -135,6 +135,8 @@ class ShapeArray:
     def astype(self, dtype: Any, copy: bool = True) -> ShapeArray:
         if not copy and self.dtype == dtype:
             return self
+        if self.block is None:
+            return ShapeArray(self.shape, dtype)  # a copy of a parameter is another one
         return self._new(self.shape, dtype)
 
     def __add__(self, other: ShapeArray) -> ShapeArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -43,7 +44,11 @@ def test_a_model_has_a_column_for_each_way_and_a_line_for_each_part(run):
     assert lines["of all"].split()[2:] == ["100", "%", "0.3", "%", "2.4", "%"]
     assert lines["weights of the base"].split()[4:] == ["27.0", "GB", "13.5", "GB", "13.5", "GB"]
     assert lines["file that is saved"].split()[4:] == ["13.5", "GB", "40.0", "MB", "319.9", "MB"]
-    assert "laptop with 32 GB" in shown
+    by_name = {cells[0]: cells[1:] for line in shown.splitlines() if (cells := re.split(r"\s{2,}", line))}
+    assert by_name["laptop with 16 GB"] == ["16 GiB", "13.6 GB", "–", "–", "–"]
+    assert by_name["A100, H100 80 GB"][:2] == ["80 GiB", "85.4 GB"]
+    assert "20% of a computer's memory is left to the system, 150 MB to the program" in shown
+    assert "0.5 GiB of a card are left to its driver and the CUDA context" in shown
     assert "on a GPU, estimated (bfloat16)" in shown
 
 
@@ -57,6 +62,9 @@ def test_json_has_the_numbers_of_the_table(run):
         assert parts["peak"] == sum(value for name, value in parts.items() if name not in ("peak", "file"))
         assert way["fits"].keys() == {"cpu", "cuda"}
         assert all(way["fits"]["cuda"].values())
+        assert list(way["fits"]["cuda"]) == [machine["name"] for machine in found["machines"]["cuda"]]
+    card = found["machines"]["cuda"][0]
+    assert card == {"name": "RTX 4060", "memory_gib": 8, "usable_bytes": 8 * 2**30 - 2**29}
     four, eight = (way["trained"] for way in found["ways"][1:])
     assert eight == 2 * four
 
@@ -67,6 +75,22 @@ def test_targets_exclusions_and_a_configuration_without_weights(run, tmp_path):
     assert q == 2 * 3 * (24 + 32)
     all_but_q = planned(run, tmp_path, "--exclude", "q_proj", "--rank", "3")["ways"][1]["trained"]
     assert planned(run, tmp_path, "--rank", "3")["ways"][1]["trained"] == q + all_but_q
+
+
+def test_magnitudes_frozen_as_whole_modules_and_biases_are_planned(run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.LLAMA | {"attention_bias": True}))
+
+    def trained(*arguments):
+        return planned(run, tmp_path, "--targets", "q_proj", "--rank", "3", *arguments)["ways"][1]["trained"]
+
+    plain = trained()
+    outputs = 2 * 32
+    assert trained("--dora") == plain + outputs
+    assert trained("--variant", "lora_fa") == 3 * outputs
+    assert trained("--bias", "lora_only") == plain + outputs
+    assert trained("--modules-to-save", "model.norm") == plain + 24
+    status, shown, _ = run("plan", tmp_path, "--dora", "--max-length", 8)
+    assert (status, "DoRA, rank 8" in shown) == (0, True)
 
 
 def test_on_a_gpu_it_is_said_to_be_an_estimate_and_the_base_is_bfloat16(run):
@@ -80,6 +104,9 @@ def test_on_a_gpu_it_is_said_to_be_an_estimate_and_the_base_is_bfloat16(run):
     ("arguments", "expected"),
     [
         (["llama-8"], "llama-8 was not found: expected a model directory"),
+        (["gpt2", "--variant", "lora_fb"], "--variant is 'lora_fb', expected one of lora, lora_fa"),
+        (["gpt2", "--bias", "some"], "--bias is 'some', expected one of none, all, lora_only"),
+        (["gpt2", "--modules-to-save", "h.99"], "--modules-to-save 'h.99' matches no module"),
         (["gpt2", "--targets", "q_proj"], "--targets 'q_proj' matches no"),
         (["gpt2", "--max-length", "2000"], "--max-length is 2,000, over the model's context of 1,024"),
         (["gpt2", "--batch-size", "0"], "--batch-size is 0, expected at least 1"),

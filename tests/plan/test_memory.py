@@ -59,6 +59,12 @@ CASES: dict[str, dict[str, Any]] = {
     "smollm2, recomputed": {"model": "smollm2-135m", "lora": {"r": 8}, "batch": (4, 256), "checkpoint": True},
     "smollm2, whole": {"model": "smollm2-135m", "lora": None, "batch": (1, 128)},
     "gpt2": {"model": "gpt2", "lora": {"r": 16}, "batch": (2, 256)},
+    "smollm2, dora": {"model": "smollm2-135m", "lora": {"r": 8, "use_dora": True}, "batch": (2, 256)},
+    "smollm2, embeddings whole": {
+        "model": "smollm2-135m",
+        "lora": {"r": 8, "modules_to_save": ["embed_tokens"], "bias": "all"},
+        "batch": (2, 128),
+    },
     "smollm2, longer": {"model": "smollm2-135m", "lora": {"r": 64}, "batch": (1, 1024)},
 }
 
@@ -130,6 +136,15 @@ WAYS = {
     "all-linear": (ml.LoraConfig(r=4), False),
     "recomputed": (ml.LoraConfig(r=4), True),
     "dropout": (ml.LoraConfig(r=4, dropout=0.1), False),
+    "dora": (ml.LoraConfig(r=4, use_dora=True), False),
+    "dora, recomputed": (ml.LoraConfig(r=4, use_dora=True), True),
+    "dora, dropout": (ml.LoraConfig(r=4, use_dora=True, dropout=0.1), False),
+    "lora_fa": (ml.LoraConfig(r=4, variant="lora_fa"), False),
+    "biases": (ml.LoraConfig(r=4, bias="all"), False),
+    "the head and a block's MLP whole": (
+        ml.LoraConfig(r=4, modules_to_save=["lm_head", "1.mlp"]),
+        False,
+    ),
     "the head too": (ml.LoraConfig(r=4, target_modules=r".*(lm_head|q_proj|c_attn)"), False),
     "whole": (None, False),
     "whole, recomputed": (None, True),
@@ -208,12 +223,43 @@ def test_a_gpu_keeps_activations_in_the_dtype_of_the_weights():
     assert half < 0.6 * whole
 
 
-def test_the_adapter_is_the_one_that_a_model_gets():
-    config = ml.LoraConfig(r=3, target_modules=["v_proj", "lm_head"], rank_pattern={"layers.1.*v_proj": 7})
-    _, shapes = step_memory(FAMILIES["llama"], config, Step(length=8), FLOAT32)
-    model = ml.new_model(FAMILIES["llama"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rank_pattern": {"layers.1.*v_proj": 7}},
+        {"use_dora": True},
+        {"variant": "lora_fa"},
+        {"bias": "all", "modules_to_save": ["norm", "embed_tokens"]},
+        {"bias": "lora_only", "use_dora": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_adapter_is_the_one_that_a_model_gets(family, more):
+    config = ml.LoraConfig(r=3, target_modules=["v_proj", "lm_head"], **more)
+    memory, shapes = step_memory(FAMILIES[family], config, Step(length=8), FLOAT32)
+    model = ml.new_model(FAMILIES[family])
     model.add_adapter("a", config)
     assert shapes == {key: tensor.shape for key, tensor in model.adapter_parameters("a").items()}
+    trained = [tensor for tensor in model.parameters().values() if tensor.requires_grad]
+    assert memory.trained == sum(tensor.size for tensor in trained)
+    assert memory.adapter == sum(tensor.data.nbytes for tensor in model.adapter_parameters("a").values())
+    assert memory.gradients == 4 * memory.trained
+    assert memory.optimiser == 8 * memory.trained
+
+
+def test_doras_counts_are_the_formulas():
+    """r (in + out) and a magnitude for each output; of LoRA-FA r · out alone is trained."""
+    sizes = {"q_proj": (96, 96), "down_proj": (256, 96)}
+    inside, outside = (sum(4 * size[side] for size in sizes.values()) for side in (0, 1))  # of four blocks
+    targets = {"target_modules": list(sizes), "r": 5}
+    assert parts(ml.LoraConfig(**targets)).trained == 5 * (inside + outside)
+    assert parts(ml.LoraConfig(**targets, use_dora=True)).trained == 5 * (inside + outside) + outside
+    frozen = parts(ml.LoraConfig(**targets, variant="lora_fa"))
+    assert (frozen.trained, frozen.adapter) == (5 * outside, 4 * 5 * (inside + outside))
+    whole = parts(ml.LoraConfig(**targets, modules_to_save=["lm_head"]))
+    assert whole.trained == 5 * (inside + outside) + 96 * 512
+    assert whole.weights == frozen.weights  # the base's own head stays beside the copy
 
 
 @pytest.mark.parametrize(
@@ -232,7 +278,11 @@ def test_steps_that_cannot_be(settings, expected):
 
 
 def test_what_a_plan_does_not_cover_is_named():
-    with pytest.raises(MiniloraError, match=r"found LoraConfig\.use_dora = True, expected False"):
-        parts(ml.LoraConfig(use_dora=True))
+    with pytest.raises(MiniloraError, match="a plan does not cover init = 'pissa', expected kaiming or gaussian"):
+        parts(ml.LoraConfig(init="pissa"))
+    with pytest.raises(
+        MiniloraError, match="embed_tokens is an embedding, which takes plain LoRA only, found use_dora"
+    ):
+        parts(ml.LoraConfig(use_dora=True, target_modules=["q_proj", "embed_tokens"]))
     with pytest.raises(MiniloraError, match="target_modules 'query' matches no"):
         parts(ml.LoraConfig(target_modules=["query"]))

@@ -29,13 +29,7 @@ class LoraEmbedding(LoraLayer):
     def __init__(
         self, module: Embedding, config: LoraConfig, path: str, dtype: np.dtype, random: np.random.Generator, seed: int
     ) -> None:
-        refused = {
-            "use_dora = True": config.use_dora,
-            f"variant = {config.variant!r}": config.variant != "lora",
-            f"init = {config.init!r}": config.init.startswith("pissa"),
-        }
-        for asked in (text for text, is_asked in refused.items() if is_asked):
-            raise MiniloraError(f"{path} is an embedding, which takes plain LoRA only, found {asked}: leave one out")
+        check_plain(config, path)
         plain = config.with_changes(init="zeros", dropout=0.0)
         super().__init__(module, plain, path, dtype, random, seed)  # type: ignore[arg-type]  # no Linear, but as wide
         if config.init != "zeros":
@@ -56,3 +50,14 @@ class LoraEmbedding(LoraLayer):
     def delta(self, base: Array) -> Array:
         """ΔE (V, D)."""
         return super().delta(base).T
+
+
+def check_plain(config: LoraConfig, path: str) -> None:
+    """MiniloraError for a config that the embedding `path` cannot take."""
+    refused = {
+        "use_dora = True": config.use_dora,
+        f"variant = {config.variant!r}": config.variant != "lora",
+        f"init = {config.init!r}": config.init.startswith("pissa"),
+    }
+    for asked in (text for text, is_asked in refused.items() if is_asked):
+        raise MiniloraError(f"{path} is an embedding, which takes plain LoRA only, found {asked}: leave one out")
