@@ -163,6 +163,26 @@ def test_lora_is_its_definition(count, inside, outside, rank, bias, dtype, devic
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("count", "inside", "outside"), [(1, 64, 32), (203, 576, 192)])
+def test_a_linear_layer_is_its_definition(count, inside, outside, frozen, dtype, device):
+    inputs = [normal(count, inside), normal(outside, inside) / 20, normal(outside)]
+    places = (1, 2) if frozen else ()
+    check("linear", Arguments(inputs, {}, wide=(1, 2), frozen=places), dtype, device, [(count, outside)])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gradient_of_a_float32_weight_is_not_rounded_to_the_activations(dtype, device):
+    """A weight whose values the activations' dtype has: then only rounding dW itself could show."""
+    random = np.random.default_rng(4)
+    x, W, dy = (random.standard_normal(shape).astype(dtype_of(dtype)) for shape in ((512, 64), (32, 64), (512, 32)))
+    weight = Tensor(to_device(W.astype(np.float32), device), requires_grad=True)
+    ops.linear(Tensor(to_device(x, device)), weight).backward(to_device(dy, device))
+    expected = dy.astype(np.float64).T @ x.astype(np.float64)
+    assert np.linalg.norm(to_numpy(weight.grad) - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("join", [True, False])
 @pytest.mark.parametrize("ranks", [(8, 8, 8), (8, 0, 16), (8, 8)])
 def test_layers_whose_weights_lie_together_are_the_same_layers_apart(ranks, join, dtype, device, monkeypatch):

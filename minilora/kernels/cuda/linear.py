@@ -1,7 +1,9 @@
-"""LoRA linear layers through cuBLAS: the low-rank terms are added into the same result by the products themselves.
+"""Linear layers through cuBLAS, and with LoRA: the low-rank terms are added into the same result by the products
+themselves.
 
-What they compute: ops/lora.py, ops/fused.py. The base is bfloat16 (or float16, float32), adapters and their gradients
-are float32; in a pass A and B are rounded to the activations' dtype once, all of them in one launch.
+What they compute: ops/linalg.py, ops/lora.py, ops/fused.py. The base is bfloat16 (or float16, float32), adapters and
+what else is trained are float32, as their gradients; in a pass they are rounded to the activations' dtype once, all of
+them in one launch.
 Axes: N tokens, in and out the layer's widths, r the rank, R the sum of ranks of layers that share an input.
 """
 
@@ -14,7 +16,7 @@ import cupy
 import numpy as np
 
 from ... import ops
-from ...backend import Array
+from ...backend import Array, cast
 from ...ops.fused import one_after_another
 from ...ops.linalg import rows, unread
 from .branches import Fork
@@ -32,6 +34,39 @@ def add_bias(y: Array, bias: Array | None) -> None:
         over_packs("elementwise", "add_bias", y.size, y, y, bias, np.int64(y.size), np.int32(y.shape[1]))
     else:
         y += bias.astype(y.dtype, copy=False)
+
+
+def linear_applies(x: Array, weight: Any, bias: Array | None = None, *, value: bool = True) -> bool:
+    return (
+        isinstance(x, cupy.ndarray)
+        and x.dtype.name in C_NAMES
+        and isinstance(weight, cupy.ndarray)
+        and (weight.dtype == x.dtype or weight.dtype == np.float32)
+        and x.size > 0
+    )
+
+
+@ops.linear.kernel("cuda", linear_applies)
+def linear(x: Array, weight: Array, bias: Array | None = None, *, value: bool = True, needs: tuple[bool, ...]):
+    """An unfrozen weight is float32 beside narrower activations: its gradient is summed and left in float32."""
+    shape_x, shape_y, kind = x.shape, (*x.shape[:-1], weight.shape[0]), weight.dtype
+    W = narrowed(weight, x.dtype) if needs[1] else cast(weight, x.dtype)
+    if value:
+        y = gemm(rows(x), W.T)
+        add_bias(y, bias)
+        y = y.reshape(shape_y)
+    else:
+        y = unread(shape_y, x)
+    kept: Any = keep(x) if needs[1] else None
+
+    def vjp(dy):
+        g = rows(dy)
+        dx = gemm(g, W).reshape(shape_x) if needs[0] else None
+        dweight = gemm(g.T, rows(kept()), dtype=kind) if needs[1] else None
+        dbias = g.sum(axis=0, dtype=np.float32) if len(needs) > 2 and needs[2] else None
+        return (dx, dweight, dbias)[: len(needs)]
+
+    return y, vjp
 
 
 def applies(
