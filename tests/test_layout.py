@@ -317,7 +317,7 @@ def test_the_reading_path_can_be_read_in_an_afternoon():
 def test_readers_are_sent_to_the_files_that_are_counted_and_to_no_other():
     """The first table of docs/reading_order.md: what is counted, and before it errors and the gradient checks."""
     page = (ROOT / "docs" / "reading_order.md").read_text("utf-8")
-    engine = page[page.index("## The engine") : page.index("## What is built on it")]
+    engine = page[page.index("## The engine") : page.index("## What is beside it")]
     named = set(re.findall(r"\]\(\.\./minilora/([\w/.]+)\)", engine))
     besides = {"errors.py", "differences.py", "comparison.py", "gradcheck.py"}
     assert named - besides == lines_to_read(SOURCES).keys()
