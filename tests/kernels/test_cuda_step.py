@@ -136,6 +136,14 @@ def test_recorded_steps_are_the_steps_launch_by_launch(family, checkpoint, devic
     assert distance(*(parameters for _, parameters in results)) < 2e-2
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_recorded_steps_learn_a_batch_by_heart(family, device):
+    model = model_on(device, family, "bfloat16")
+    step = ml.TrainStep(model, ml.AdamW(model.parameters(), lr=5e-3))
+    losses = [float(step(*batch(0))) for _ in range(20)]
+    assert losses[-1] < 0.25 * losses[0]
+
+
 def test_a_recorded_step_gives_the_same_bits_every_time(device):
     outcomes = [trained(model_on(device, "llama", "bfloat16"), 9, True) for _ in range(2)]
     assert outcomes[0][0] == outcomes[1][0]
