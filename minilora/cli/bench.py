@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
 from ..errors import MiniloraError
-from .console import bytes_text, note, print_json, print_table
+from .console import bytes_text, note, print_json, print_table, say
 from .options import Device, Dtype, Json, ModelName
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def command(
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 256,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
     targets: Annotated[
-        str, typer.Option(help='"all-linear", or names of layers with commas between: q_proj,v_proj.')
+        str, typer.Option(help='Which layers, as for train: "all-linear", endings of names, a regular expression.')
     ] = "all-linear",
     checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Recompute activations in backward.")] = False,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 64,
@@ -63,8 +63,10 @@ def command(
     each token and weight, and attention's. Decoding has to read every weight for every token; the speed of that is
     shown. Tokens are random.
     """
+    from ..kernels.cpu.threads import thread_count
     from ..loading import load_model
     from ..lora import LoraConfig
+    from ..train.settings import parse_targets
 
     loaded = load_model(model, device, dtype)
     context = loaded.config.max_position_embeddings
@@ -73,25 +75,29 @@ def command(
         raise MiniloraError(
             f"rows of {longest} tokens are over the model's context of {context}: lower --max-length or --new-tokens"
         )
-    names: Any = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    loaded.add_adapter("bench", LoraConfig(r=rank, alpha=2 * rank, target_modules=names))
+    loaded.add_adapter("bench", LoraConfig(r=rank, alpha=2 * rank, target_modules=parse_targets(targets)))
     loaded.checkpoint = checkpoint
     limit = gemm_speed(loaded)
-    note(f"matrix products: {limit / 1e9:,.0f} GFLOP/s; measuring for about {2 * seconds:.0f} s")
+    note(f"matrix products: {limit / 1e9:,.0f} GFLOP/s; measuring each for {seconds:g} s, and at least three runs")
     decoded = decoding(loaded, new_tokens, seconds)  # before training, which takes the most memory
     results = [training(loaded, batch_size, max_length, seconds, limit), decoded]
     if as_json:
         rows = [asdict(result) | {"tokens_per_second": result.tokens_per_second} for result in results]
-        print_json({"model": model, "device": loaded.device, "gemm_flops_per_second": limit, "results": rows})
+        about = {"model": model, "device": loaded.device, "dtype": dtype, "rank": rank, "targets": targets}
+        about |= {"threads": thread_count()} if loaded.device == "cpu" else {}
+        print_json(about | {"gemm_flops_per_second": limit, "results": rows})
         return
+    parameters = sum(parameter.size for _, parameter in loaded.network.named_parameters())
+    where = f"the CPU (threads: {thread_count()})" if loaded.device == "cpu" else loaded.device
+    say(f"{model}, {parameters:,} parameters in {dtype}, on {where}; LoRA of rank {rank} on {targets}")
     table = []
     for result in results:
-        near = f"{result.gemm_share:.0%} of products" if result.gemm_share is not None else ""
+        near = f"{result.gemm_share:.0%} of matrix products" if result.gemm_share is not None else ""
         if result.read_bytes_per_second is not None:
-            near = f"{bytes_text(int(result.read_bytes_per_second))}/s read"
+            near = f"{bytes_text(int(result.read_bytes_per_second))}/s of weights read"
         speed = f"{result.tokens_per_second:,.1f}"
         table.append([result.what, f"{result.seconds:.3f}", speed, near, bytes_text(result.peak_bytes)])
-    print_table(["", "seconds>", "tokens/s>", "limit>", "peak memory>"], table)
+    print_table(["", "seconds>", "tokens/s>", "near the limit>", "peak memory>"], table)
 
 
 def gemm_speed(model: Model) -> float:
@@ -118,10 +124,20 @@ def training(model: Model, batch: int, length: int, seconds: float, limit: float
 def decoding(model: Model, count: int, seconds: float) -> Result:
     prompt = random_tokens(model, 1, PROMPT_LENGTH)[0].tolist()
     runs = timed(lambda: model.generate(prompt, max_new_tokens=count, stop=[]), seconds)
-    weights = sum(parameter.data.nbytes for _, parameter in model.network.named_parameters())
     middle = median(runs)
     what = f"decoding {count} tokens after {PROMPT_LENGTH}, with the adapter"
-    return Result(what, count, middle, peak_bytes(model.device), read_bytes_per_second=weights * count / middle)
+    read = bytes_read(model) * count / middle
+    return Result(what, count, middle, peak_bytes(model.device), read_bytes_per_second=read)
+
+
+def bytes_read(model: Model) -> int:
+    """Bytes of weights that a token takes: all of them, but of an embedding that is not the head's too a single row."""
+    from ..nn import Embedding
+
+    modules = [module for _, module in model.network.named_modules() if isinstance(module, Embedding)]
+    looked_up = {id(module.weight) for module in modules} - {id(model.network.lm_head.weight)}
+    parameters = [parameter for _, parameter in model.network.named_parameters()]
+    return sum(parameter.data.nbytes for parameter in parameters if id(parameter) not in looked_up)
 
 
 def step_operations(model: Model, batch: int, length: int) -> float:

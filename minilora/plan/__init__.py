@@ -1,7 +1,8 @@
 """How much memory training takes, told from the engine's own code before a single weight is there: `plan`.
 
-plan.py puts the columns together; memory.py runs one step on shapes (shapes.py, and adapters.py for adapters), with what
-each primitive makes and keeps (rules.py); named.py and machines.py hold the shapes of published models and the memory of common machines.
+plan.py puts the columns together; memory.py runs one step on shapes (shapes.py; adapters.py for adapters), with what
+each primitive makes and keeps (rules.py); named.py and machines.py hold the shapes of published models and the memory
+of common machines.
 """
 
 from .memory import Memory, Step

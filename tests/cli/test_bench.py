@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 import minilora as ml
-from minilora.cli.bench import gemm_speed, step_operations, timed
+from minilora.cli.bench import bytes_read, gemm_speed, step_operations, timed
 from tests import tiny
 
 QUICK = ["--seconds", 0, "--batch-size", 2, "--max-length", 8, "--new-tokens", 3]
@@ -32,6 +33,29 @@ def test_the_table_says_what_was_asked_for(run, base):
     assert status == 0
     assert "training, 2 × 8, checkpointing" in out
     assert "decoding 3 tokens" in out
+    assert out.startswith(f"{base}, ")
+    assert " parameters in float32, on the CPU (threads: " in out
+    assert "; LoRA of rank 8 on all-linear\n" in out
+
+
+def test_targets_are_those_of_train(run, base):
+    status, out, err = run("bench", "--model", base, *QUICK, "--targets", r".*\.0\..*q_proj")
+    assert (status, r"LoRA of rank 8 on .*\.0\..*q_proj" in out) == (0, True), err
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_an_embedding_that_is_not_the_head_no_token_reads_all(tied):
+    model = ml.new_model(tiny.LLAMA | {"tie_word_embeddings": tied})
+    sizes = {name: tensor.data.nbytes for name, tensor in model.network.named_parameters()}
+    assert bytes_read(model) == sum(sizes.values()) - (0 if tied else sizes["model.embed_tokens.weight"])
+
+
+def test_without_cupy_a_gpu_is_one_line(run, base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    status, out, err = run("bench", "--model", base, *QUICK, "--device", "cuda")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: --device 'cuda' needs CuPy, not installed here: pip install 'minilora[cuda12]'")
+    assert len(err.splitlines()) == 1
 
 
 def test_what_does_not_fit_the_context_and_a_wrong_target_are_one_line(run, base):
