@@ -59,7 +59,7 @@ def test_the_api_page_has_every_public_name_once():
 
 def test_the_reading_order_is_the_order_of_imports():
     text = BY_NAME["docs/reading_order.md"].read_text("utf-8")
-    engine = text[: text.index("## What is built on it")]
+    engine = text[: text.index("## What is beside it")]
     layers = [layer_of(path) for path in re.findall(r"\(\.\./minilora/([\w/]+\.py)\)", engine)]
     assert layers == sorted(layers, key=LAYERS.index)
     assert {"backend", "tensor", "ops", "nn", "models", "lora", "optim"} <= set(layers)
