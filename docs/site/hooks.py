@@ -71,7 +71,7 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
         block = match[1] == "div"
         mathml = convert(html.unescape(match[3]).strip(), display="block" if block else "inline")
         for bar in ("&#x02016;", "&#x0007C;"):  # of a norm: as tall as its neighbours, on both sides
-            mathml = mathml.replace(f"<mo>{bar}</mo>", f'<mo stretchy="false">{bar}</mo>')
+            mathml = mathml.replace(f"<mo>{bar}</mo>", f'<mo stretchy="false" lspace="0" rspace="0">{bar}</mo>')
         mathml = mathml.replace("<mi>&#x00064;</mi>", '<mi mathvariant="normal">d</mi>')  # \mathrm{d}, of a gradient
         return f'<div class="formula">{mathml}</div>' if block else mathml
 
