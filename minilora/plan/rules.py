@@ -19,7 +19,7 @@ The facts, for the CPU, in the order of the code below (N tokens, D width, F MLP
     sub                     (N, D)           –
     add_rms_norm            s, y             s, 1/ρ                              y can be made again from these
     rotary                  (N, H d)         –
-    attention               o, log Σ (N, H)  q, k, v, o, log Σ                   dk and dv, of each share of the work
+    attention               o, log Σ (N, H)  q, k, v, log Σ; on a GPU o          dk and dv, of each share of the work
     silu_mul                (N, F)           gate, up                            its result can be made again from these
     gelu_tanh               (N, F)           x                                   two (N, F), four in backward
     select_rows             (M, D)           –
@@ -38,7 +38,7 @@ import numpy as np
 
 from ..backend import compute_dtype
 from ..kernels.cpu.attention import BLOCK_ENTRIES as SCORES
-from ..kernels.cpu.attention import BLOCK_ROWS, LEAST_STEP, MOST_STEP
+from ..kernels.cpu.attention import STEP
 from ..kernels.cpu.elementwise import BLOCK_ENTRIES
 from ..kernels.cpu.linear import LEAST_ROWS, MOST_ROWS, SKINNY_ENTRIES
 from ..kernels.cpu.loss import TILE
@@ -354,16 +354,19 @@ class Rules:
     ) -> Any:
         """The scores are made a block at a time and never kept."""
         (batch, queries, heads, _), keys = q.shape, k.shape[1]
-        scores = min(heads * min(queries, MOST_STEP) * keys, max(SCORES, BLOCK_ROWS * keys)) * q.dtype.itemsize
+        scores = min(queries, STEP) * keys  # of a head
+        scores *= min(heads, max(heads // k.shape[2], SCORES // scores)) * q.dtype.itemsize
         o = self.reused(q.shape, q.dtype)
-        kept = (q, k, v, o, self.fresh((batch, queries, heads), compute_dtype(q.dtype)))
+        logsumexp = self.fresh((batch, queries, heads), compute_dtype(q.dtype))
+        kept = (q, k, v, logsumexp, o) if self.on_gpu else (q, k, v, logsumexp)
 
         def vjp(do: ShapeArray) -> Any:
             q, k, v, *_ = kept
             dq = self.reused(q.shape, q.dtype)
             if not self.on_gpu:
                 self.ledger.need_scratch("scores and their gradients", 2 * self.threads * scores)
-            shares = max(1, min(queries // LEAST_STEP, 2 * self.threads // batch))
+                self.ledger.need_scratch("keys, values and their gradients", 6 * self.threads * k.nbytes // batch)
+            shares = max(1, min(queries // STEP, 2 * self.threads // batch))
             if shares > 1:
                 self.on_the_way(2 * shares * k.nbytes)
             return dq, self.fresh(k.shape, k.dtype), self.fresh(v.shape, v.dtype)

@@ -28,9 +28,9 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(cpu.linear, "MOST_ROWS", 2)
     monkeypatch.setattr(cpu.linear, "LEAST_ROWS", 1)
     monkeypatch.setattr(cpu.linear, "SKINNY_ENTRIES", 8)
-    monkeypatch.setattr(cpu.attention, "BLOCK_ROWS", 1)
-    monkeypatch.setattr(cpu.attention, "LEAST_STEP", 2)
+    monkeypatch.setattr(cpu.attention, "STEP", 2)
     monkeypatch.setattr(cpu.attention, "BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(cpu.small, "SMALL", 8)
     monkeypatch.setattr(cpu.rotary, "BLOCK_ENTRIES", 8)
     monkeypatch.setattr(cpu.rotary, "LEAST_ENTRIES", 1)
     monkeypatch.setattr(cpu.loss, "TILE", 3)
@@ -101,8 +101,10 @@ def test_a_kernel_gives_the_same_bits_every_time(name):
             assert (first is None and second is None) or first.tobytes() == second.tobytes()
 
 
-@pytest.mark.parametrize("name", ["linear", "lora_linear", "lora_linears"])
-@pytest.mark.parametrize("definition", [False, True], ids=["kernel", "definition"])
+@pytest.mark.parametrize(
+    ("name", "definition"),  # linear has no kernel for it
+    [("linear", True), *((name, way) for name in ("lora_linear", "lora_linears") for way in (False, True))],
+)
 def test_the_gradients_are_the_same_bits_where_the_value_is_left_out(name, definition):
     call = large_calls()[name]
     with definitions_only() if definition else nullcontext():
@@ -125,3 +127,14 @@ def test_long_attention_of_every_kind_is_the_definition():
         for late in (slice(None), slice(150, None), slice(199, None)):
             call = Call((q[:, late], k, v), {"scale": 0.3, **options})
             assert check_kernels("attention", CASES["attention"], call, "cpu", ("float64",))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64, 67])
+def test_a_product_in_parts_is_the_product(monkeypatch, rows):
+    """Of views and into one; a matrix of the left operand beside each of the right one."""
+    monkeypatch.setattr(cpu.small, "SMALL", 200)
+    rng = np.random.default_rng(2)
+    left, right = rng.standard_normal((2, rows, 3, 7)).swapaxes(1, 2), rng.standard_normal((2, 1, 7, 4))
+    out = np.full((2, rows, 3, 4), np.nan).swapaxes(1, 2)
+    assert cpu.small.product(left, right, out) is out
+    np.testing.assert_allclose(out, left @ right, rtol=1e-12)

@@ -4,6 +4,6 @@ threads.py has the one mechanism; each other file speeds up the file of the same
 registers them; `minilora.tensor.definitions_only()` switches them off.
 """
 
-from . import attention, dora, elementwise, linear, loss, memory, rotary, rows, threads
+from . import attention, dora, elementwise, linear, loss, memory, rotary, rows, small, threads
 
-__all__ = ["attention", "dora", "elementwise", "linear", "loss", "memory", "rotary", "rows", "threads"]
+__all__ = ["attention", "dora", "elementwise", "linear", "loss", "memory", "rotary", "rows", "small", "threads"]

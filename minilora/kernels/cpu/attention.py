@@ -1,14 +1,15 @@
 """Causal attention a block of queries at a time: no (T, S) matrix is held, and keys after the block are never touched.
 
-A block is some queries of all G heads that share a key-value head, stacked to (t G, d) against (n, d) keys: two
-products, without repeating k or v; several key-value heads go into one call. Axes as in ops/attention.py: B batch,
-T queries, S keys, H heads, K key-value heads, G = H / K, d head width.
+A block is STEP queries of the heads of one key-value head, or of several where their scores fit together; k and v are
+not repeated. What backward needs of the softmax is made again from q, k and the log-sum-exp of each row; its row term
+Σ_j P_ij dP_ij as well, so that o is not kept. Axes as in ops/attention.py: B batch, T queries, S keys, H heads,
+K key-value heads, G = H / K, d head width; of a block: P key-value heads, t queries, n keys.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from itertools import product
+from itertools import product as each_of
 
 import numpy as np
 
@@ -16,11 +17,11 @@ from ... import ops
 from ...backend import Array
 from .elementwise import computes
 from .memory import empty
+from .small import product
 from .threads import run_all, scratch, thread_count
 
-BLOCK_ROWS = 192  # queries times heads of a block
-LEAST_STEP, MOST_STEP = 32, 128  # queries of a block, whatever the number of heads
-BLOCK_ENTRIES = 1 << 18  # scores of a block, all its key-value heads together
+STEP = 64  # queries of a block
+BLOCK_ENTRIES = 1 << 18  # scores of a block, all its heads together
 
 
 class Blocks:
@@ -33,9 +34,8 @@ class Blocks:
         self.keys, self.kv_heads = k.shape[1:3]
         self.group = heads // self.kv_heads
         self.earlier = self.keys - self.queries  # keys from a cache, before the first query
-        self.step = min(max(BLOCK_ROWS // self.group, LEAST_STEP), MOST_STEP, self.queries)
-        entries = self.step * self.group * self.keys
-        self.together = max(1, min(self.kv_heads, BLOCK_ENTRIES // entries))
+        self.step = min(STEP, self.queries)
+        self.together = max(1, min(self.kv_heads, BLOCK_ENTRIES // (self.step * self.group * self.keys)))
         self.later = hidden(np.arange(self.step)[:, None] < np.arange(self.step), q.dtype)
 
     def starts(self) -> range:
@@ -46,19 +46,13 @@ class Blocks:
         return [slice(first, first + self.together) for first in range(0, self.kv_heads, self.together)]
 
     def of_queries(self, x: np.ndarray, row: int, part: slice, start: int) -> np.ndarray:
-        """The block's part of x (B, T, H, d), as a view (P, t, G, d) with P key-value heads."""
+        """The block's part of x (B, T, H, d), as a view (P, G, t, d)."""
         block = x[row, start : start + self.step].reshape(-1, self.kv_heads, self.group, x.shape[-1])
-        return block[:, part].transpose(1, 0, 2, 3)
+        return block[:, part].transpose(1, 2, 0, 3)
 
-    def of_keys(self, x: np.ndarray, row: int, part: slice, keys: slice) -> np.ndarray:
+    def of_keys(self, x: np.ndarray, row: int, part: slice, keys: slice = slice(None)) -> np.ndarray:
         """The block's part of x (B, S, K, d), as a view (P, n, d)."""
         return x[row, keys, part].transpose(1, 0, 2)
-
-    def gathered(self, x: np.ndarray, name: str) -> np.ndarray:
-        """A (P, t, G, d) view copied together as (P, t G, d), in scratch."""
-        result = scratch(name, x.shape, x.dtype)
-        result[...] = x
-        return result.reshape(len(x), -1, self.width)
 
     def key_range(self, row: int, start: int) -> slice:
         """The keys that some query of the block may see."""
@@ -70,24 +64,20 @@ class Blocks:
             low += int(own.argmax())
         return slice(low, stop)
 
-    def scores(self, row: int, part: slice, start: int, keys: slice) -> tuple[np.ndarray, np.ndarray]:
-        """scale · q kᵀ with −∞ where a key is not seen, (P, t G, n), and scale · q, (P, t G, d)."""
-        q = self.gathered(self.of_queries(self.q, row, part, start), "q")
-        q *= self.scale
-        k = self.of_keys(self.k, row, part, keys)
-        s = scratch("scores", (*q.shape[:2], k.shape[1]), q.dtype)
-        np.matmul(q, k.transpose(0, 2, 1), out=s)
-        by_query = s.reshape(len(s), -1, self.group, k.shape[1])
+    def scores(self, row: int, start: int, keys: slice, q: np.ndarray, scaled_k: np.ndarray) -> np.ndarray:
+        """q kᵀ with −∞ where a key is not seen: q (P, G, t, d), scale · kᵀ (P, d, n) -> (P, G, t, n) in scratch."""
+        s = scratch("scores", (*q.shape[:3], scaled_k.shape[-1]), q.dtype)
+        product(q, scaled_k[:, None], s)
         if self.segments is None and self.window is None:
-            late = by_query.shape[1]  # only among the block's own positions is some key later than a query
+            late = s.shape[2]  # only among the block's own positions is some key later than a query
             if late > 1:
-                by_query[..., k.shape[1] - late :] += self.later[:late, :, :late]
+                s[..., s.shape[3] - late :] += self.later[:late, :late]
         else:
-            by_query += self.unseen(row, start, keys)
-        return s, q
+            s += self.unseen(row, start, keys)
+        return s
 
     def unseen(self, row: int, start: int, keys: slice) -> np.ndarray:
-        """−∞ where a query of the block does not see a key, else 0: (t, 1, n)."""
+        """−∞ where a query of the block does not see a key, else 0: (t, n)."""
         position = np.arange(self.earlier + start, min(self.earlier + start + self.step, self.keys))
         distance = position[:, None] - np.arange(keys.start, keys.stop)
         seen = distance >= 0
@@ -99,8 +89,18 @@ class Blocks:
 
 
 def hidden(mask: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """What is added to scores: −∞ where the (t, n) mask holds, 0 elsewhere, (t, 1, n)."""
-    return np.where(mask, dtype.type(-np.inf), dtype.type(0))[:, None]
+    """What is added to scores: −∞ where the (t, n) mask holds, 0 elsewhere."""
+    return np.where(mask, dtype.type(-np.inf), dtype.type(0))
+
+
+def copied(x: np.ndarray, name: str, factor: np.ndarray | None = None) -> np.ndarray:
+    """x, or factor · x, with its entries in order, in scratch."""
+    result = scratch(name, x.shape, x.dtype)
+    if factor is None:
+        result[...] = x
+    else:
+        np.multiply(x, factor, out=result)
+    return result
 
 
 def row_sums(x: np.ndarray) -> np.ndarray:
@@ -117,24 +117,23 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, segments: Array | N
     blocks = Blocks(q, k, scale, segments, window)
     rows, parts, starts = range(blocks.batch), blocks.kv_parts(), blocks.starts()
     o = empty(q.shape, q.dtype)
-    logsumexp = np.empty((blocks.batch, blocks.kv_heads, blocks.queries, blocks.group), q.dtype)
+    logsumexp = np.empty((blocks.batch, blocks.kv_heads, blocks.group, blocks.queries, 1), q.dtype)
 
     def forward(start: int, row: int, part: slice) -> None:
         keys = blocks.key_range(row, start)
-        s, _ = blocks.scores(row, part, start, keys)
+        scaled_k = copied(blocks.of_keys(k, row, part, keys).swapaxes(1, 2), "scaled k", blocks.scale)
+        s = blocks.scores(row, start, keys, blocks.of_queries(q, row, part, start), scaled_k)
         top = s.max(axis=-1, keepdims=True)
         s -= top
         np.exp(s, out=s)
-        total = row_sums(s)  # (P, t G, 1)
-        target = blocks.of_queries(o, row, part, start)
-        mixed = scratch("o", (*s.shape[:2], blocks.width), s.dtype)
-        np.matmul(s, blocks.of_keys(v, row, part, keys), out=mixed)
-        np.divide(mixed.reshape(target.shape), total.reshape(*target.shape[:3], 1), out=target)
+        total = row_sums(s)  # (P, G, t, 1)
+        mixed = product(s, blocks.of_keys(v, row, part, keys)[:, None], blocks.of_queries(o, row, part, start))
+        mixed /= total
         np.log(total, out=total)
         total += top
-        logsumexp[row, part, start : start + blocks.step] = total.reshape(target.shape[:3])
+        logsumexp[row, part, :, start : start + blocks.step] = total
 
-    run_all([partial(forward, *task) for task in product(reversed(starts), rows, parts)])  # the longest first
+    run_all([partial(forward, *task) for task in each_of(reversed(starts), rows, parts)])  # the longest first
 
     def vjp(do):
         dq = empty(q.shape, q.dtype)
@@ -143,33 +142,42 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, segments: Array | N
         dk, dv = (empty((splits, *k.shape), k.dtype) for _ in range(2))
 
         def backward(row: int, part: slice, split: int) -> None:
-            heads = len(range(*part.indices(blocks.kv_heads)))
-            sum_dk, sum_dv = (scratch(name, (heads, blocks.keys, blocks.width), k.dtype) for name in ("dk", "dv"))
+            k_rows = copied(blocks.of_keys(k, row, part), "k", blocks.scale)  # (P, S, d), scaled
+            scaled_k = copied(k_rows.swapaxes(1, 2), "scaled k")
+            turned_v = copied(blocks.of_keys(v, row, part).swapaxes(1, 2), "v")
+            sum_dk, sum_dv = (scratch(name, k_rows.shape, k.dtype) for name in ("dk", "dv"))
             sum_dk[...] = 0
             sum_dv[...] = 0
             for start in starts[split::splits]:
                 keys = blocks.key_range(row, start)
-                p, qb = blocks.scores(row, part, start, keys)
-                p -= logsumexp[row, part, start : start + blocks.step].reshape(heads, -1, 1)
+                qb, dob = (blocks.of_queries(x, row, part, start) for x in (q, do))
+                p = blocks.scores(row, start, keys, qb, scaled_k[..., keys])
+                p -= logsumexp[row, part, :, start : start + blocks.step]
                 np.exp(p, out=p)
-                do_view = blocks.of_queries(do, row, part, start)
-                dob = blocks.gathered(do_view, "do")
-                delta = np.vecdot(dob.reshape(do_view.shape), blocks.of_queries(o, row, part, start))
-                term = scratch("term", (heads, keys.stop - keys.start, blocks.width), p.dtype)
-                sum_dv[:, keys] += np.matmul(p.transpose(0, 2, 1), dob, out=term)
-                ds = scratch("dscores", p.shape, p.dtype)
-                np.matmul(dob, blocks.of_keys(v, row, part, keys).transpose(0, 2, 1), out=ds)
-                ds -= delta.reshape(heads, -1, 1)
+                ds = product(dob, turned_v[:, None, :, keys], scratch("dscores", p.shape, p.dtype))
+                term = scratch("term", (len(p), p.shape[-1], blocks.width), p.dtype)
+                # Over all queries of a group at once: (P, n, G t) (P, G t, d).
+                sum_dv[:, keys] += product(by_key(p), stacked(copied(dob, "do")), term)
+                ds -= np.vecdot(p, ds)[..., None]
                 ds *= p
-                sum_dk[:, keys] += np.matmul(ds.transpose(0, 2, 1), qb, out=term)
-                np.matmul(ds, blocks.of_keys(k, row, part, keys), out=dob)
-                np.multiply(dob.reshape(do_view.shape), blocks.scale, out=blocks.of_queries(dq, row, part, start))
-            blocks.of_keys(dk[split], row, part, slice(None))[...] = sum_dk
-            blocks.of_keys(dv[split], row, part, slice(None))[...] = sum_dv
+                sum_dk[:, keys] += product(by_key(ds), stacked(copied(qb, "q")), term)
+                product(ds, k_rows[:, None, keys], blocks.of_queries(dq, row, part, start))
+            np.multiply(sum_dk, blocks.scale, out=blocks.of_keys(dk[split], row, part))
+            blocks.of_keys(dv[split], row, part)[...] = sum_dv
 
-        run_all([partial(backward, *task) for task in product(rows, parts, range(splits))])
+        run_all([partial(backward, *task) for task in each_of(rows, parts, range(splits))])
         if splits > 1:
             return dq, dk.sum(axis=0), dv.sum(axis=0)
         return dq, dk[0], dv[0]
 
     return o, vjp
+
+
+def stacked(x: np.ndarray) -> np.ndarray:
+    """(P, G, t, ·) -> (P, G t, ·)."""
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def by_key(x: np.ndarray) -> np.ndarray:
+    """(P, G, t, n) -> (P, n, G t)."""
+    return stacked(x).swapaxes(1, 2)
