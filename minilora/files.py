@@ -110,6 +110,21 @@ def close_to(path: str | os.PathLike[str], names: Collection[str] = ()) -> Path 
     return next((path / rest for path in paths if (path / rest).exists()), paths[0] if paths else None)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """MiniloraError where nothing can be written to `path`, to be known before the work that ends there.
+
+    Nothing is made: a folder that is missing is fine where it could be made.
+    """
+    place = Path(path).expanduser().absolute()
+    folder = next(parent for parent in (place, *place.parents) if parent.exists())
+    if folder == place and not folder.is_dir():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise MiniloraError(f"cannot write {path}: {folder} is a file, expected a folder: choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise MiniloraError(f"cannot write {path}: no permission to write in {folder}: choose another place")
+
+
 def write_error(path: Path, error: OSError) -> MiniloraError:
     """The one line that a user reads when `path` could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MiniloraError
+from ..files import atomic_write, check_writable
 from .console import note, print_json, print_table, progress
 from .options import AdapterDirectories, Device, Dtype, Json, ModelName, open_model
 
@@ -78,6 +79,10 @@ def command(
         raise typer.BadParameter("leaves nothing to evaluate without an --adapter", param_hint="--no-base")
     if predictions is not None and exact_match is False:
         raise typer.BadParameter("there are none with --no-exact-match", param_hint="--predictions")
+    if predictions is not None:
+        if predictions.is_dir():
+            raise MiniloraError(f"--predictions {predictions} is a folder, expected a file or nothing there")
+        check_writable(predictions)
     file = split_file(data, split)
     loaded = open_model(model, directories, device, dtype)
     length = TrainConfig(max_length=max_length).row_length(loaded.config.max_position_embeddings)
@@ -99,8 +104,6 @@ def command(
         results.append(result)
         lines += [{"adapter": label, **line} for line in completions]
     if predictions is not None:
-        from ..files import atomic_write
-
         atomic_write(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     labels = sum(example.label_count for example in examples)
     if as_json:

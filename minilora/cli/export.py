@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import MiniloraError
+from ..files import check_writable
 from .console import note
 from .options import AdapterDirectories, ModelName, Weights, open_model, weights_of
 
@@ -117,6 +118,7 @@ def check_out(out: Path, format: Format, sources: list[Path], overwrite: bool) -
     if out.exists() and out.is_dir() == (format is Format.GGUF):
         found, expected = ("directory", "file") if out.is_dir() else ("file", "directory")
         raise MiniloraError(f"--out {out} is a {found}, expected a {expected} or nothing there: choose another name")
+    check_writable(out)
     if not overwrite and out.exists() and (out.is_file() or any(out.iterdir())):
         raise MiniloraError(f"--out {out} is there already: choose another name, or give --overwrite")
 

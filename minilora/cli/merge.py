@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MiniloraError
+from ..files import check_writable
 from .console import note, print_json, print_table
 from .options import AdapterDirectories, Device, Json, ModelName, Weights, open_model, weights_of
 
@@ -153,6 +154,7 @@ def check_out(out: Path, model: str, adapters: list[Path], overwrite: bool) -> N
             raise MiniloraError(f"--out {out} is the directory of {name}, which would be lost: choose another one")
     if out.exists() and not out.is_dir():
         raise MiniloraError(f"--out {out} is a file, expected a directory or nothing there: choose another name")
+    check_writable(out)
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise MiniloraError(
             f"--out {out} is there already and not empty: choose another directory, or give --overwrite"

@@ -7,24 +7,26 @@ and epochs = 2"); whoever typed `--init` reads that.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Set
 
 from ..terminal import escaped
 
-_BLAMED = re.compile(r"^(?:LoraConfig\.)?(\w+)(?= is | '| \[)")  # what the message begins with
+# Options whose values are names of files, which a message may begin with and which may be these very words.
+PLACES = {"model", "data", "out", "adapter", "config", "against", "png", "messages", "predictions"}
+_BLAMED = re.compile(r"^(?:LoraConfig\.)?(\w+)(?= is | has '| '| \[)")  # what the message begins with
 _GIVEN = re.compile(r"\b(\w+) ?= ?(?:True\b)?(?=\S| and)")  # and what it says was given
 
 
-def one_line(message: str, options: Collection[str]) -> str:
+def one_line(message: str, options: Set[str]) -> str:
     """The message in a line; options: the names of the command's options, as Python writes them ("max_length")."""
     return with_flags(escaped(" ".join(message.split())), options)
 
 
-def with_flags(message: str, options: Collection[str]) -> str:
+def with_flags(message: str, options: Set[str]) -> str:
     """The message with each setting that the command has an option for under the option's name."""
     from ..train.settings import ADAPTER_KEYS
 
-    known = {name: name for name in options} | {"length": "max_length", "file_dtype": "adapter_dtype"}
+    known = {name: name for name in options - PLACES} | {"length": "max_length", "file_dtype": "adapter_dtype"}
     known |= {field: option for option, field in ADAPTER_KEYS.items()}
 
     def flag(found: re.Match[str]) -> str:

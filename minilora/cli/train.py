@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data.dataset import find_files
 from ..lora import LoraConfig
 from ..train import TrainConfig, TrainResult, train
 from ..train.folder import SETTINGS, check_folder
@@ -197,6 +198,7 @@ def _train(settings: dict[str, Any], resume: bool, overwrite: bool, quiet: bool)
 
     run, lora = train_config(settings), lora_config(settings)
     check_folder(Path(settings["out"]), resume, overwrite)
+    find_files(Path(settings["data"]))  # before the model, which may take a minute
     model = load_model(settings["model"], settings["device"], settings["dtype"])
     if "adapter" in settings:
         model.load_adapter(ADAPTER_NAME, settings["adapter"])

@@ -98,7 +98,7 @@ def load_data(
         raise MiniloraError(f"seed is {seed}; expected at least 0; raise it")
     if not 0 <= valid_fraction < 1:
         raise MiniloraError(f"valid_fraction is {valid_fraction}; expected at least 0 and below 1; 0.05 is usual")
-    files, not_read = _find_files(path)
+    files, not_read = find_files(path)
     if valid_fraction and ("valid" in files or "train" not in files):
         fact = "has a valid.jsonl already" if "valid" in files else "has no train.jsonl to take it from"
         raise MiniloraError(f"valid_fraction is {valid_fraction}, but {path} {fact}; leave valid_fraction out")
@@ -113,8 +113,11 @@ def load_data(
     return Dataset(**examples, max_length=max_length, files=reports, files_not_read=not_read)
 
 
-def _find_files(path: Path) -> tuple[dict[str, Path], list[str]]:
-    """The file of each split that there is, and the names of other .jsonl files in the folder."""
+def find_files(path: Path) -> tuple[dict[str, Path], list[str]]:
+    """The file of each split that there is, and the names of other .jsonl files in the folder.
+
+    Raises MiniloraError where there is no file to read.
+    """
     if path.is_dir():
         files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").is_file()}
         others = sorted(file.name for file in path.glob("*.jsonl") if file not in files.values())

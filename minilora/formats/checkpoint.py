@@ -71,6 +71,8 @@ def find_model(name: str | Path) -> Path:
     Raises MiniloraError that says what to install, download or correct.
     """
     path = Path(name).expanduser()
+    if not str(name):
+        raise MiniloraError("the model's name is empty, expected a path or a name: is a variable of the shell not set?")
     if path.is_dir():
         return path
     if path.is_file():

@@ -92,7 +92,8 @@ def open_gguf(path: str | Path) -> GGUFFile:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise MiniloraError(f"{path} is not a GGUF file: it does not start with the letters GGUF")
+                begin = "is empty" if not path.stat().st_size else "does not start with the letters GGUF"
+                raise MiniloraError(f"{path} is not a GGUF file: it {begin}; download or save it again")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise MiniloraError(f"cannot read {path}: {error.strerror or error}") from error

@@ -199,21 +199,25 @@ def lora_config(written: Mapping[str, Any], source: Path) -> LoraConfig:
     modules_to_save = fields.names("modules_to_save")
     if isinstance(modules_to_save, str):
         raise MiniloraError(f"{source}: modules_to_save is {modules_to_save!r}, expected a list of names")
-    return LoraConfig(
-        r=fields.value("r", int),
-        alpha=fields.value("lora_alpha", int | float),
-        dropout=fields.value("lora_dropout", int | float),
-        target_modules=targets,
-        exclude_modules=fields.names("exclude_modules"),
-        layers_to_transform=fields.layers("layers_to_transform"),
-        rank_pattern=fields.value("rank_pattern", dict),
-        alpha_pattern=fields.value("alpha_pattern", dict),
-        use_rslora=fields.value("use_rslora", bool),
-        use_dora=fields.value("use_dora", bool),
-        init=_INITIALISATIONS[initialisation],
-        bias=fields.value("bias", str),
-        modules_to_save=modules_to_save,
-    )
+    values = {
+        "r": fields.value("r", int),
+        "alpha": fields.value("lora_alpha", int | float),
+        "dropout": fields.value("lora_dropout", int | float),
+        "target_modules": targets,
+        "exclude_modules": fields.names("exclude_modules"),
+        "layers_to_transform": fields.layers("layers_to_transform"),
+        "rank_pattern": fields.value("rank_pattern", dict),
+        "alpha_pattern": fields.value("alpha_pattern", dict),
+        "use_rslora": fields.value("use_rslora", bool),
+        "use_dora": fields.value("use_dora", bool),
+        "init": _INITIALISATIONS[initialisation],
+        "bias": fields.value("bias", str),
+        "modules_to_save": modules_to_save,
+    }
+    try:
+        return LoraConfig(**values)
+    except MiniloraError as error:
+        raise MiniloraError(f"{source}: {error}") from None
 
 
 class _Fields:

@@ -65,6 +65,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def open_safetensors(path: str | Path) -> dict[str, SafetensorsEntry]:
     """The tensors of one file, by name; raises MiniloraError for a missing, truncated or malformed one."""
     path = Path(path)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "is missing"
+        raise MiniloraError(f"{path} {found}, expected a safetensors file: download or save it again")
     try:
         # Checks the header's size and JSON, that dtypes, shapes and byte ranges agree, and that these fill the file.
         with safetensors.safe_open(path, framework="np"):

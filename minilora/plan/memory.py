@@ -23,6 +23,7 @@ from .adapters import attach
 from .rules import Rules
 from .shapes import Ledger, ShapeArray, shape_network
 
+MOST_TOKENS = 1 << 22  # of a micro-batch: their numbers and positions are the only arrays that a plan really makes
 MOMENTS = 2  # arrays of a parameter's size that Adam keeps: m and v
 UPDATE_TEMPORARIES = 3  # arrays of a parameter's size while it is updated: √v, m over it, that times the rate
 
@@ -123,6 +124,11 @@ def run(network: CausalLM, step: Step, ledger: Ledger, trained: Iterable[Tensor]
     The first leaves buffers and scratch behind, which the second's peak comes on top of.
     """
     length = step.row_length(network.config.max_position_embeddings)
+    if (tokens := step.batch_size * length) > MOST_TOKENS:
+        raise MiniloraError(
+            f"batch_size is {step.batch_size:,}, which with rows of {length:,} is {tokens:,} tokens at once, expected "
+            f"at most {MOST_TOKENS:,}: lower it"
+        )
     shape, targets = (step.batch_size, length), np.zeros(step.batch_size * length, np.int64)
     labels = max(1, round(step.label_share * step.batch_size * (length - 1)))  # nothing predicts a row's first token
     targets[labels:] = IGNORED

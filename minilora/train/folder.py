@@ -31,7 +31,7 @@ import numpy as np
 from ..backend import array_module, to_numpy
 from ..data import Example
 from ..errors import MiniloraError
-from ..files import atomic_write, write_error
+from ..files import atomic_write, check_writable, write_error
 from ..optim import AdamW
 from ..tensor import Tensor
 
@@ -74,9 +74,10 @@ def data_checksum(examples: Iterable[Example]) -> str:
 
 
 def check_folder(path: Path, resume: bool, overwrite: bool) -> None:
-    """MiniloraError unless a run may write here: nothing of an earlier run is there, or that is wanted."""
+    """MiniloraError unless a run can and may write here: nothing of an earlier run is there, or that is wanted."""
     if path.exists() and not path.is_dir():
         raise MiniloraError(f"{path} is a file, expected a folder or nothing there: choose another name for out")
+    check_writable(path)
     if (path / "config.json").exists():
         raise MiniloraError(f"{path} holds a model (config.json), expected a folder for the run: choose another out")
     if resume and overwrite:

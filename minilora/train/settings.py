@@ -124,8 +124,10 @@ def parse_targets(text: str) -> str | list[str]:
 
 
 def names_in(text: str) -> list[str]:
-    """The names in a text that separates them by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """The names in a text that separates them by commas; MiniloraError where there is none."""
+    if not (names := [part.strip() for part in text.split(",") if part.strip()]):
+        raise MiniloraError(f"found no name in {text!r}, expected endings of modules' names with commas between")
+    return names
 
 
 def _toml(value: Any) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import minilora as ml
+from minilora import files
 from tests import texts
 
 ROW = '{"prompt": "1+1=", "completion": "2"}\n'
@@ -131,6 +132,28 @@ def test_an_adapter_given_as_a_model(refused, command):
     refused(replaced(USING_A_MODEL[command], "--model", "foreign"), "foreign holds an adapter, not a model")
 
 
+def test_data_is_looked_for_before_the_model(place, refused):
+    arguments = replaced(replaced(TRAIN, "--data", "nothing"), "--model", "absent")
+    refused(arguments, "no such file or folder: nothing")
+
+
+def test_an_empty_name_is_not_the_working_directory(refused):
+    refused(replaced(GENERATE, "--model", ""), "the model's name is empty, expected a path or a name")
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_the_model_is(place, refused, monkeypatch):
+    for command, option in (("train", "--out"), ("merge", "--out"), ("export", "--out"), ("eval", "--predictions")):
+        arguments = replaced(USING_A_MODEL[command], "--model", "absent")
+        refused(replaced(arguments, option, "data.jsonl/x"), "cannot write data.jsonl/x: ", "data.jsonl is a file")
+    refused(
+        replaced(replaced(EVAL, "--model", "absent"), "--predictions", "model"), "model is a folder, expected a file"
+    )
+    monkeypatch.setattr(files.os, "access", lambda folder, mode: Path(folder) != place)  # as of a read-only directory
+    for command, option in (("train", "--out"), ("merge", "--out"), ("export", "--out"), ("eval", "--predictions")):
+        arguments = replaced(USING_A_MODEL[command], "--model", "absent")
+        refused(replaced(arguments, option, "new"), f"cannot write new: no permission to write in {place}")
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -192,7 +215,41 @@ def test_an_adapter_whose_config_asks_for_something_else(place, refused):
     refused(["inspect", "foreign"], "adapter_config.json, line 1: malformed JSON")
 
 
+def test_a_setting_in_an_adapters_file_is_blamed_on_the_file(place, refused):
+    config = json.loads((place / "foreign" / "adapter_config.json").read_text())
+    (place / "foreign" / "adapter_config.json").write_text(json.dumps(config | {"r": 0}))
+    going_on = replaced([*TRAIN, "--adapter", "foreign"], "--out", "fresh")
+    for arguments in ([*GENERATE, "--adapter", "foreign"], ["inspect", "foreign"], going_on):
+        refused(arguments, "error: foreign/adapter_config.json: LoraConfig.r is 0, expected")
+
+
+def test_a_file_that_has_the_name_of_an_option_is_no_option(refused):
+    refused([*GENERATE, "--adapter", "model"], "error: model is a model, not an adapter")
+
+
+def test_a_list_of_names_without_a_name(refused):
+    for option in ("--targets", "--exclude", "--modules-to-save"):
+        refused([*TRAIN, option, " ,"], "found no name in ' ,', expected endings of modules' names")
+
+
 # ---------------------------------------------------------------- truncated and damaged files
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("model/model.safetensors", GENERATE), ("adapter/adapter_model.safetensors", MERGE)],
+)
+def test_a_folder_in_the_place_of_a_file_of_tensors_and_none_at_all(place, refused, name, arguments):
+    (place / name).unlink()
+    if name.startswith("adapter"):
+        refused(arguments, f"error: {name} is missing, expected a safetensors file: download or save it again")
+    (place / name).mkdir()
+    refused(arguments, f"error: {name} is a folder, expected a safetensors file")
+
+
+def test_an_empty_file(place, refused):
+    (place / "data.gguf").touch()
+    refused(["inspect", "data.gguf"], "data.gguf is not a GGUF file: it is empty; download or save it again")
 
 
 @pytest.mark.parametrize("command", [*USING_A_MODEL, "inspect"])

@@ -270,6 +270,7 @@ def test_doras_counts_are_the_formulas():
         ({"length": 513}, "length is 513, over the model's context of 512"),
         ({"label_share": 0.0}, "label_share is 0.0, expected above 0"),
         ({"device": "tpu"}, "device is 'tpu', expected cpu or cuda"),
+        ({"batch_size": 10**7}, "batch_size is 10,000,000, which with rows of 64 is 640,000,000 tokens at once"),
     ],
 )
 def test_steps_that_cannot_be(settings, expected):
