@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
+from .surroundings import SURROUNDINGS
 from .targeting import TARGETING
 
 
@@ -1547,4 +1548,5 @@ MUTANTS = [
     *EXPORTS,
     *TARGETING,
     *EVIDENCE,
+    *SURROUNDINGS,
 ]

@@ -218,6 +218,14 @@ def test_a_plan_fits_where_its_peak_has_room_and_on_everything_larger():
         assert each == tuple(column.memory.peak <= machine.usable for column in planned.columns)
 
 
+def test_a_mapped_file_needs_room_besides():
+    column, machine = plan("gpt2", step=SHORT).columns[1], COMPUTERS[0]
+    free = machine.usable - column.memory.peak
+    assert free > 0
+    assert column.fits(machine, free)
+    assert not column.fits(machine, free + 1)
+
+
 def test_a_computer_keeps_room_for_its_system_and_a_card_for_its_driver():
     for machine in (*COMPUTERS, *CARDS):
         assert 0.75 * machine.memory * 2**30 < machine.usable < machine.memory * 2**30

@@ -6,7 +6,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from minilora.report.charts import MOST_POINTS, Series, heat_map, line_chart, number
+from minilora.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    MOST_POINTS,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Series,
+    heat_map,
+    line_chart,
+    number,
+)
 
 
 def drawn(svg: str) -> ElementTree.Element:
@@ -83,3 +95,11 @@ def test_a_cell_is_the_darker_the_larger_its_value_and_says_it():
 )
 def test_numbers_are_as_short_as_they_go(value, text):
     assert number(value) == text
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_every_point_lies_within_the_axes(log):
+    points = path_points(line_chart([Series("s", [0, 1, 2], [0.01, 1.0, 100.0])], "t", "x", "y", log))
+    assert all(LEFT <= x <= WIDTH - RIGHT and TOP <= y <= HEIGHT - BOTTOM for x, y in points)
+    (_, lowest), _, (_, highest) = points
+    assert lowest - highest > 0.8 * (HEIGHT - BOTTOM - TOP)

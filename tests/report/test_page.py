@@ -107,7 +107,7 @@ def test_a_folder_of_runs_is_all_of_them(run, tmp_path):
     assert find_runs(run.parent) == [run]
     with pytest.raises(ml.MiniloraError, match="holds no run"):
         find_runs(tmp_path)
-    with pytest.raises(ml.MiniloraError, match="is no folder"):
+    with pytest.raises(ml.MiniloraError, match="no such file or folder"):
         find_runs(tmp_path / "nothing")
 
 
@@ -134,3 +134,36 @@ def test_text_of_the_page_is_escaped_and_columns_are_aligned(tmp_path):
     assert "<i>" not in html
     assert '<td class="right">1</td>' in html
     Checked(html)
+
+
+def made_run(tmp_path, records) -> Path:
+    """A run's folder with just these records, steps from 1 on."""
+    lines = [json.dumps({"step": number, "loss": 1.0, **record}) + "\n" for number, record in enumerate(records, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    (tmp_path / "minilora.toml").write_text("rank = 2\n")
+    return tmp_path
+
+
+def tiles_of(folder) -> dict[str, str]:
+    (tiles,) = [block for block in report_on([read_run(folder)]).sections[0].blocks if block.kind == "tiles"]
+    return {what: number for number, what in tiles.tiles}
+
+
+def test_the_lowest_validation_loss_is_told_with_its_step_wherever_it_was(tmp_path):
+    losses = [3.0, 1.25, 2.0]
+    tiles = tiles_of(made_run(tmp_path, [{"validation_loss": loss} for loss in losses]))
+    assert tiles["lowest validation loss, step 2"] == "1.2500"
+
+
+def test_the_time_in_steps_is_of_each_steps_own_tokens(tmp_path):
+    """100 tokens at 10 a second, 300 more at 30: 20 s; and the median of three speeds."""
+    records = [{"tokens": 100, "tokens_per_second": 10.0}, {"tokens": 400, "tokens_per_second": 30.0}]
+    tiles = tiles_of(made_run(tmp_path, records))
+    assert tiles["in training steps"] == "0:20"
+    assert tiles["tokens seen"] == "400"
+
+
+def test_memory_is_shown_in_gigabytes(tmp_path):
+    records = [{"memory": 2_500_000_000}, {"memory": 2_750_000_000}]
+    html = render(report_on([read_run(made_run(tmp_path, records))]))
+    assert "memory: 2.5 at 1, 2.75 at 2" in html
