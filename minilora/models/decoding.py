@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..inputs import segment_positions
-from ..kernels.cpu.decode import Block, Decoder, Norm, Projection, Update, sum_of, together
+from ..kernels.cpu.decode import Block, Decoder, Norm, Projection, low_rank_update, together
 from ..nn import Linear, RMSNorm
 from ..tensor import kernels_enabled
 from .cache import KVCache
@@ -98,11 +98,8 @@ def _projection(layer: Linear, dtype: np.dtype) -> Projection:
     parts = [] if layer.adapter is None else layer.adapter.low_rank_parts()
     if parts is None:
         raise UnsuitableError
-    updates = [
-        Update(_array(lora_A.data, dtype), _array(lora_B.data, dtype), _factor(factor, dtype))
-        for lora_A, lora_B, factor in parts
-    ]
-    return Projection((weight,), bias, sum_of(updates) if updates else None)
+    terms = [(_array(A.data, dtype), _array(B.data, dtype), _factor(factor, dtype)) for A, B, factor in parts]
+    return Projection((weight,), bias, low_rank_update(terms) if terms else None)
 
 
 def _factor(factor: Any, dtype: np.dtype) -> Any:

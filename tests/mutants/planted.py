@@ -1006,7 +1006,7 @@ KERNELS = [
     ),
     Mutant(
         "kernels/cpu/decode.py",
-        "u *= self.update.factor",
+        "u *= self.factor",
         "pass",
         "kernel for decoding: the factor of the adapters is missing",
         ("tests/models/test_decoding.py::test_a_step_of_the_kernel_is_a_step_of_the_network",),
@@ -1034,8 +1034,8 @@ KERNELS = [
     ),
     Mutant(
         "kernels/cpu/decode.py",
-        "lora_B[edges[number] : edges[number + 1], end - rank : end] = each.lora_B",
-        "lora_B[edges[number] : edges[number + 1], :rank] = each.lora_B",
+        "np.matmul(u[:, of_u], turned_B)",
+        "np.matmul(u[:, : len(turned_B)], turned_B)",
         "kernel for decoding: every layer's B reads the first layer's u",
         ("tests/models/test_decoding.py::test_a_step_of_the_kernel_is_a_step_of_the_network",),
     ),

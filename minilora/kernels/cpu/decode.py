@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -20,11 +21,36 @@ THREADED_ENTRIES = 460_800  # of a matrix; OpenBLAS multiplies a smaller one wit
 
 @dataclass(frozen=True)
 class Update:
-    """factor · (x Aᵀ) Bᵀ with A (R, in) and B (out, R); factor is a number, or (B, R) with one for each sequence."""
+    """factor · (x Aᵀ) Bᵀ, with Aᵀ (in, R) in order in memory, for which products of a few rows are fastest.
 
-    lora_A: np.ndarray
-    lora_B: np.ndarray
-    factor: float | np.ndarray
+    parts: (columns of x Aᵀ, columns of y, Bᵀ of those) for each layer that y has the results of, Bᵀ in order, too.
+    factor: (1 or B, R), one for each sequence or for all.
+    """
+
+    turned_A: np.ndarray
+    parts: tuple[tuple[slice, slice, np.ndarray], ...]
+    factor: np.ndarray
+
+    def add_to(self, x: np.ndarray, y: np.ndarray) -> None:
+        """y (B, out) += the update of x (B, in)."""
+        u = np.matmul(x, self.turned_A)
+        u *= self.factor
+        for of_u, of_y, turned_B in self.parts:
+            y[:, of_y] += np.matmul(u[:, of_u], turned_B)
+
+
+def low_rank_update(terms: Sequence[tuple[np.ndarray, np.ndarray, float | np.ndarray]]) -> Update:
+    """Σ factor · (x Aᵀ) Bᵀ over the terms A (r, in), B (out, r), factor (a number or (B, 1)) of one layer."""
+    turned_A = np.ascontiguousarray(np.concatenate([lora_A for lora_A, *_ in terms]).T)
+    turned_B = np.ascontiguousarray(np.concatenate([lora_B for _, lora_B, _ in terms], axis=1).T)
+    factors = [np.repeat(np.atleast_2d(factor), len(lora_A), axis=1) for lora_A, _, factor in terms]
+    return Update(turned_A, ((slice(None), slice(None), turned_B),), side_by_side(factors).astype(turned_A.dtype))
+
+
+def side_by_side(factors: Sequence[np.ndarray]) -> np.ndarray:
+    """Factors (1 or B, R) of several updates as those of one."""
+    sequences = max(map(len, factors))
+    return np.concatenate([np.broadcast_to(factor, (sequences, factor.shape[1])) for factor in factors], axis=1)
 
 
 @dataclass(frozen=True)
@@ -42,27 +68,9 @@ class Projection:
             begin, end = end, end + len(weight)
             np.matmul(x, weight.T, out=y[:, begin:end])
         if self.update is not None:
-            u = np.matmul(x, self.update.lora_A.T)
-            u *= self.update.factor
-            y += np.matmul(u, self.update.lora_B.T)
+            self.update.add_to(x, y)
         if self.bias is not None:
             y += self.bias
-
-
-def side_by_side(updates: Sequence[Update]) -> np.ndarray:
-    """The updates' factors for each of their columns of u: (B or 1, R)."""
-    sequences = max(len(np.atleast_2d(update.factor)) for update in updates)
-    columns = [np.broadcast_to(update.factor, (sequences, len(update.lora_A))) for update in updates]
-    return np.concatenate(columns, axis=1, dtype=updates[0].lora_A.dtype)
-
-
-def sum_of(updates: Sequence[Update]) -> Update:
-    """Several updates of one layer as one of their ranks' sum."""
-    if len(updates) == 1:
-        return updates[0]
-    lora_A = np.concatenate([update.lora_A for update in updates])
-    lora_B = np.concatenate([update.lora_B for update in updates], axis=1)
-    return Update(lora_A, lora_B, side_by_side(updates))
 
 
 def together(projections: Sequence[Projection]) -> Projection:
@@ -77,14 +85,13 @@ def together(projections: Sequence[Projection]) -> Projection:
     if any(projection.bias is not None for projection in projections):
         parts = zip(projections, outside, strict=True)
         bias = np.concatenate([np.zeros(count, dtype) if part.bias is None else part.bias for part, count in parts])
-    updates = [(number, part.update) for number, part in enumerate(projections) if part.update is not None]
+    spans = [slice(*span) for span in pairwise(edges)]
+    updates = [(part.update, span) for part, span in zip(projections, spans, strict=True) if part.update is not None]
     if updates:
-        ranks = [len(each.lora_A) for _, each in updates]
-        lora_B = np.zeros((edges[-1], sum(ranks)), dtype)  # a block of it for each layer, zero beside it
-        for (number, each), end, rank in zip(updates, np.cumsum(ranks), ranks, strict=True):
-            lora_B[edges[number] : edges[number + 1], end - rank : end] = each.lora_B
-        lora_A = np.concatenate([each.lora_A for _, each in updates])
-        update = Update(lora_A, lora_B, side_by_side([each for _, each in updates]))
+        turned_A = np.concatenate([each.turned_A for each, _ in updates], axis=1)
+        of_u = pairwise(np.cumsum([0, *(each.turned_A.shape[1] for each, _ in updates)]))
+        own = [(slice(*mine), span, each.parts[0][2]) for mine, (each, span) in zip(of_u, updates, strict=True)]
+        update = Update(turned_A, tuple(own), side_by_side([each.factor for each, _ in updates]))
     return Projection(tuple(weights), bias, update)
 
 
