@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,14 @@ def timed_run(case: Case, memory: Allocated, profile: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def in_line(case: Case) -> dict[str, Any]:
+    """Ours with every launch of a recorded step behind the one before: what kernels/cuda/branches.py is worth."""
+    from minilora.kernels.cuda import branches
+
+    branches.Fork.branch = lambda self, number: nullcontext()  # type: ignore[method-assign]
+    return ours(case)
+
+
 def profiled(step: Callable[[], Any], steps: int = 5) -> dict[str, Any]:
     """GPU time by kernel over some recorded steps, as the driver's own tracing has it (through torch.profiler)."""
     import cupy
@@ -258,8 +267,10 @@ def theirs(case: Case, compiled: bool, narrow: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+IN_LINE = "ours-in-line"  # measured where it is asked for
 SIDES: dict[str, Callable[[Case], dict[str, Any]]] = {
     "ours": ours,
+    IN_LINE: in_line,
     "eager": lambda case: theirs(case, False, False),
     "compiled": lambda case: theirs(case, True, False),
     "eager-bf16": lambda case: theirs(case, False, True),
@@ -325,10 +336,10 @@ def main() -> int:
         return 0
     end = time.monotonic() + options.within
     result: dict[str, Any] = {"card": card(), "commit": options.commit or commit(), "cases": {}}
-    for side in options.sides.split(",") if options.sides else SIDES:
+    for side in options.sides.split(",") if options.sides else [side for side in SIDES if side != IN_LINE]:
         for name in options.cases:
             left = min(options.limit, end - time.monotonic())
-            if side not in CASES[name].sides or left < LEAST:
+            if side not in (*CASES[name].sides, IN_LINE) or left < LEAST:
                 continue
             sides = result["cases"].setdefault(name, {})
             sides[side] = run_side(name, side, left)
@@ -359,7 +370,10 @@ def render(result: dict[str, Any]) -> None:
 
 def tables(result: dict[str, Any]) -> str:
     """The run as Markdown: what it was measured on, a row for each case, and what failed."""
-    heads = ["model, batch × length", "minilora", *SIDES_OF_TORCH.values(), "share of the fastest", "target"]
+    measured = [
+        side for side in SIDES_OF_TORCH if any("seconds" in sides.get(side, {}) for sides in result["cases"].values())
+    ]
+    heads = ["model, batch × length", "minilora", *(SIDES_OF_TORCH[side] for side in measured), "share of the fastest", "target"]
     rows, failures, versions = [], [], set()
     for name, sides in result["cases"].items():
         case = CASES[name]
@@ -369,9 +383,9 @@ def tables(result: dict[str, Any]) -> str:
         if "ours" not in found:
             continue
         median = {side: statistics.median(record["seconds"]) for side, record in found.items()}
-        fastest = min((seconds for side, seconds in median.items() if side != "ours"), default=None)
+        fastest = min((seconds for side, seconds in median.items() if side in SIDES_OF_TORCH), default=None)
         share = "" if fastest is None else f"{median['ours'] / fastest:.2f}"
-        cells = [amount(median[side], found[side]) if side in found else "" for side in ("ours", *SIDES_OF_TORCH)]
+        cells = [amount(median[side], found[side]) if side in found else "" for side in ("ours", *measured)]
         rows.append([case.title, *cells, share, verdict(case, median["ours"], found["ours"]["peak_bytes"])])
     where = f"{result['card']}; {'; '.join(sorted(versions))}; all of commit {result['commit'] or 'unknown'}, one run."
     table = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads), *(f"| {' | '.join(row)} |" for row in rows)]
@@ -380,13 +394,17 @@ def tables(result: dict[str, Any]) -> str:
 
 
 SIDES_OF_TORCH = {
-    "eager": "torch + PEFT", "compiled": "compiled", "eager-bf16": "bfloat16 adapters", "compiled-bf16": "compiled",
+    "eager": "torch + PEFT", "compiled": "compiled", "eager-bf16": "bfloat16 adapters",
+    "compiled-bf16": "compiled, bfloat16 adapters",
 }  # fmt: skip
+NOISY = 5  # per cent that blocks of steps lie around the median, from which on the table says so
 
 
 def amount(seconds: float, record: dict[str, Any]) -> str:
     time_text = f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-    return f"{time_text}, {record['peak_bytes'] / 2**30:.1f}"
+    noise = 50 * (max(record["seconds"]) - min(record["seconds"])) / seconds
+    noise_text = f" ± {noise:.0f} %" if noise >= NOISY else ""
+    return f"{time_text}{noise_text}, {record['peak_bytes'] / 2**30:.1f}"
 
 
 def verdict(case: Case, seconds: float, peak: int) -> str:
