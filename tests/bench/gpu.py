@@ -373,7 +373,8 @@ def tables(result: dict[str, Any]) -> str:
     measured = [
         side for side in SIDES_OF_TORCH if any("seconds" in sides.get(side, {}) for sides in result["cases"].values())
     ]
-    heads = ["model, batch × length", "minilora", *(SIDES_OF_TORCH[side] for side in measured), "share of the fastest", "target"]
+    of_torch = [SIDES_OF_TORCH[side] for side in measured]
+    heads = ["model, batch × length", "minilora", *of_torch, "share of the fastest", "target"]
     rows, failures, versions = [], [], set()
     for name, sides in result["cases"].items():
         case = CASES[name]
