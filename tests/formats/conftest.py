@@ -103,7 +103,7 @@ def write_gguf(tmp_path: Path, llama_tensors: dict[str, np.ndarray]) -> Callable
             "llama.vocab_size": 300,
         } | (metadata or {})
         for key, value in values.items():
-            if value is not None:
+            if value is not None and value != []:
                 writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
         quantised = gguf.GGMLQuantizationType[type]
         for name_, array in (llama_tensors | (tensors or {})).items():
