@@ -8,7 +8,7 @@ a step comes from central differences
 at h, h/2, h/4 …, extrapolated to h = 0 (Richardson 1911) in Ridders' table, whose neighbouring columns bound the
 truncation that is left (Ridders 1982, "Accurate computation of F'(x) and F'(x) F''(x)"; Press et al., Numerical
 Recipes, section 5.7). Rounding adds noise(f) / h, about eps·|f| / h: the noise floor. It is measured, not assumed,
-from second differences of f over tiny steps (Moré & Wild 2011, "Estimating computational noise"). Everything stays on
+from fourth differences of f over tiny steps (Moré & Wild 2011, "Estimating computational noise"). Everything stays on
 the library that the arrays belong to.
 """
 

@@ -94,7 +94,7 @@ def environment_line(results: dict[str, Any]) -> str:
         for side in case["sides"].values():
             about = ", ".join(f"{name} {version}" for name, version in side["environment"].items())
             if about not in line:
-                line += f"\n{about}."
+                line += f"\n\n{about}."
     return line
 
 
