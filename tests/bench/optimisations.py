@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora.kernels.cpu import attention, elementwise, linear, loss, memory, rotary, threads
+from minilora.kernels.cpu import attention, elementwise, linear, loss, memory, rotary, small, threads
 from minilora.tensor import PRIMITIVES
 
 from .ours import train
@@ -76,9 +76,14 @@ OPTIMISATIONS = (
     ),
     Optimisation("layers of one input together only", "kernels/cpu/linear.py", lambda: no_kernels("lora_linears")),
     Optimisation(
-        "attention in blocks of queries, grouped heads stacked",
+        "attention in blocks of queries",
         "kernels/cpu/attention.py",
         lambda: no_kernels("attention"),
+    ),
+    Optimisation(
+        "attention's products in parts that OpenBLAS does not pack (without: in one)",
+        "kernels/cpu/small.py",
+        lambda: replaced((small, "SMALL", 1 << 62)),
     ),
     Optimisation(
         "head and cross-entropy in tiles of the vocabulary",
