@@ -165,7 +165,7 @@ adapter's laws (merging, rows, accumulation, packing, checkpointing) and every k
 Under dropout, gradients are checked with the masks held fixed; that they are projections of the merged weight's
 gradient, dA = s Bᵀ dW and dB = s dW Aᵀ, is then no law, since A reads another input than W.
 
-The suite is itself tested: `python -m tests.mutants` plants more than a hundred bugs (a dropped term, a wrong sign, a
+The suite is itself tested: `python -m tests.mutants` plants more than two hundred bugs (a dropped term, a wrong sign, a
 missing scale, a transpose, a stale cache, a mask that is off by one …), one at a time, and prints the test that noticed
 each. A model of your own is checked by `minilora gradcheck --model M [--adapter DIR]`.
 """
