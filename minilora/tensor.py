@@ -32,7 +32,6 @@ from .backend import FLOAT_DTYPES, Array, array_module, device_of, to_numpy
 _creation = itertools.count()  # a node's number: creation order is a topological order
 _recording = True  # False inside no_grad()
 _kernels_enabled = True  # False inside definitions_only()
-_recomputing = False  # True while checkpoint() runs a function again
 _observers: list[Callable[[str, tuple[Array, ...], bool], None]] = []
 
 
@@ -320,11 +319,6 @@ def is_recording() -> bool:
     return _recording
 
 
-def is_recomputing() -> bool:
-    """Whether a checkpointed function runs again now, for its activations: nobody reads its result."""
-    return _recomputing
-
-
 def kernels_enabled() -> bool:
     """Whether kernels may stand in for definitions now: not inside definitions_only()."""
     return _kernels_enabled
@@ -365,25 +359,30 @@ def observe(observer: Callable[[str, tuple[Array, ...], bool], None]) -> Iterato
         _observers.remove(observer)
 
 
-def checkpoint(function: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[Tensor] = ()) -> Tensor:
+def checkpoint(
+    function: Callable[..., Tensor],
+    *inputs: Tensor,
+    parameters: Iterable[Tensor] = (),
+    again: Callable[..., Tensor] | None = None,
+) -> Tensor:
     """function(*inputs), keeping only the inputs: backward runs the function again to have its activations.
 
     `parameters` are the trained Tensors that the function uses besides its inputs; their gradients are added on the
-    way. The function must give the same result when it is run again (Chen et al. 2016); only the result itself it may
-    leave out then (`is_recomputing`).
+    way. The function must give the same result when it is run again (Chen et al. 2016). again: what backward runs in
+    its place, where there is something with the same gradients and without the result, which nobody reads then.
     """
     needs = tuple(value.requires_grad for value in inputs)
     if not _recording or not (any(needs) or any(parameter.requires_grad for parameter in parameters)):
         return function(*inputs)
-    with _set(_recording=False, _recomputing=False):
+    with no_grad():
         value = function(*inputs)
     arrays = [tensor.data for tensor in inputs]  # not the Tensors: those would keep their own history alive
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         leaves = [Tensor(array, requires_grad=need) for array, need in zip(arrays, needs, strict=True)]
-        with _set(_recording=True, _recomputing=True):
-            again = function(*leaves)
-        backward([again], [dy])
+        with _set(_recording=True):
+            result = (again or function)(*leaves)
+        backward([result], [dy])
         return tuple(leaf.grad for leaf in leaves)
 
     (result,) = _record("checkpoint", (value.data,), vjp, inputs, needs)

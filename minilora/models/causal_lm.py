@@ -108,8 +108,9 @@ class CausalLM(Module):
             x = self.embed(batch.tokens, batch.positions)
             for block in self.blocks:
                 if self.checkpoint and cache is None:
-                    run = partial(self._run_block, block, self.adapter_state.selection, context)
-                    x = checkpoint(run, x, parameters=block.trained())
+                    run = partial(self._run_block, block, self.adapter_state.selection)
+                    again = partial(run, replace(context, value=False))
+                    x = checkpoint(partial(run, context), x, parameters=block.trained(), again=again)
                 else:
                     x = block(x, context)
         if cache is not None:

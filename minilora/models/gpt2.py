@@ -92,8 +92,8 @@ class GPT2MLP(Module):
         self.c_fc = conv1d(weights.at("c_fc"), config.intermediate_size, config.hidden_size)
         self.c_proj = conv1d(weights.at("c_proj"), config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return only_added(ops.gelu_tanh(self.c_fc(x)), self.c_proj)
+    def forward(self, x: Tensor, value: bool = True) -> Tensor:
+        return only_added(ops.gelu_tanh(self.c_fc(x)), self.c_proj, value)
 
 
 class GPT2Block(Module):
@@ -108,7 +108,7 @@ class GPT2Block(Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x, normed = self.ln_1.residual(x)
         x, normed = self.ln_2.residual(x, self.attn(normed, context))
-        return x + self.mlp(normed)
+        return x + self.mlp(normed, context.value)
 
 
 class GPT2Model(Module):

@@ -45,7 +45,7 @@ class LlamaBlock(Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x, normed = self.input_layernorm.residual(x)
         x, normed = self.post_attention_layernorm.residual(x, self.self_attn(normed, context))
-        return x + self.mlp(normed)
+        return x + self.mlp(normed, context.value)
 
 
 class LlamaModel(Module):

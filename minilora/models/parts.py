@@ -19,13 +19,14 @@ from .together import only_added, together
 @dataclass(frozen=True)
 class Context:
     """What the blocks of one forward pass share: segments (B, T), the KV cache, and rotary tables (·, T, 1, d/2) where
-    the family has them.
+    the family has them. value: False where nobody reads a block's result, only the gradients through it.
     """
 
     cos: Array | None = None
     sin: Array | None = None
     segments: Array | None = None
     cache: KVCache | None = None
+    value: bool = True
 
 
 class SelfAttention(Module):
@@ -76,5 +77,6 @@ class GatedMLP(Module):
         self.up_proj = Linear.load(weights.at("up_proj"), inner, hidden, bias)
         self.down_proj = Linear.load(weights.at("down_proj"), hidden, inner, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return only_added(ops.silu_mul(*together(x, self.gate_proj, self.up_proj)), self.down_proj)
+    def forward(self, x: Tensor, value: bool = True) -> Tensor:
+        """(B, T, D) -> (B, T, D). value: False in a block that only adds it to its result, which nobody reads."""
+        return only_added(ops.silu_mul(*together(x, self.gate_proj, self.up_proj)), self.down_proj, value)

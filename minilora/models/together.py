@@ -1,7 +1,7 @@
 """Layers that may run as one: those that read the same input, and those that a recomputed block can do without.
 
-Nothing here changes a value: `together(x, *layers)` is each layer(x), `only_added(x, layer)` is layer(x), and
-`lay_out` moves weights in memory.
+Nothing here changes a value: `together(x, *layers)` is each layer(x), `only_added(x, layer, value)` is layer(x)
+where it is read, and `lay_out` moves weights in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .. import ops
 from ..backend import array_module
 from ..memory import release_unused
 from ..nn import Linear, Module
-from ..tensor import Tensor, is_recomputing
+from ..tensor import Tensor
 
 READ_THE_SAME = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one Module, by their names
 
@@ -37,11 +37,11 @@ def together(x: Tensor, *layers: Linear, value: bool = True) -> tuple[Tensor, ..
     return tuple(layer(x) for layer in layers)
 
 
-def only_added(x: Tensor, layer: Linear) -> Tensor:
-    """layer(x), to be added to a block's result and nothing else: it is left out when a checkpointed block runs again,
-    since nobody reads that result.
+def only_added(x: Tensor, layer: Linear, value: bool) -> Tensor:
+    """layer(x), to be added to a block's result and nothing else. value: False where nobody reads that result, since
+    the block runs again for its activations: then the product may be left out.
     """
-    return together(x, layer, value=False)[0] if is_recomputing() else layer(x)
+    return layer(x) if value else together(x, layer, value=False)[0]
 
 
 def lay_out(network: Module) -> None:

@@ -668,8 +668,8 @@ NETWORK = [
 TAPE = [
     Mutant(
         "tensor.py",
-        "        with _set(_recording=True, _recomputing=True):\n",
-        "        with _set(_recording=False, _recomputing=True):\n",
+        "        with _set(_recording=True):\n",
+        "        with _set(_recording=False):\n",
         "checkpoint: the second run is not recorded",
         law("checkpointing_changes_no_bit_of_a_gradient"),
     ),
@@ -711,8 +711,8 @@ TAPE = [
     ),
     Mutant(
         "tensor.py",
-        "        backward([again], [dy])",
-        "        backward([again], [dy * 0 + 1])",
+        "        backward([result], [dy])",
+        "        backward([result], [dy * 0 + 1])",
         "checkpoint: the incoming gradient is replaced by ones",
         law("checkpointing_changes_no_bit_of_a_gradient"),
     ),
