@@ -13,8 +13,9 @@ from ..terminal import escaped
 
 # Options whose values are names of files, which a message may begin with and which may be these very words.
 PLACES = {"model", "data", "out", "adapter", "config", "against", "png", "messages", "predictions"}
-_BLAMED = re.compile(r"^(?:LoraConfig\.)?(\w+)(?= is | has '| '| \[)")  # what the message begins with
-_GIVEN = re.compile(r"\b(\w+) ?= ?(?:True\b)?(?=\S| and)")  # and what it says was given
+# What the message begins with, and what it says was given; neither "steps is a file" nor the path runs/lr=1e-4/rank=8.
+_BLAMED = re.compile(r"^(?:LoraConfig\.)?(\w+)(?= is (?!an? |no |not )| has '| '| \[)")
+_GIVEN = re.compile(r"(?<![^\s(])(\w+) ?= ?(?!\S*[/\\])(?:True\b)?(?=\S| and)")
 
 
 def one_line(message: str, options: Set[str]) -> str:

@@ -630,8 +630,8 @@ NETWORK = [
     ),
     Mutant(
         "models/causal_lm.py",
-        "run = partial(self._run_block, block, self.adapter_state.selection, context)",
-        "run = partial(block, context=context)",
+        "run = partial(self._run_block, block, self.adapter_state.selection)",
+        "run = lambda context, x, block=block: block(x, context)",
         "a checkpointed block runs again under whatever is selected by then",
         law("gradients_belong_to_the_selection_of_the_forward_pass"),
     ),
