@@ -117,17 +117,21 @@ class Folder:
     def take_place(self) -> None:
         """Put this run's files in the place of the earlier one's.
 
-        Each is replaced at once, and the state to resume from goes first and comes last: a crash on the way leaves no
-        mixture that can be resumed, and every adapter whole, here or in .next-run/.
+        Each is replaced at once. The state to resume from goes first and comes last, and the earlier matrices go before
+        the configuration comes, which stays in .next-run/ too until its matrices follow: a crash on the way leaves no
+        mixture that can be loaded or resumed, and this run's adapter whole in one of the two.
         """
         if self.path == self.home:
             return
         _remove(self.home / STATE)
+        _remove(self.home / ADAPTER[1])
         for name in WRITTEN:
             old, new = self.home / name, self.path / name
             if old.is_dir() or not new.exists():
                 _remove(old)
-            if new.exists():
+            if new.exists() and name == ADAPTER[0]:
+                atomic_write(old, new.read_bytes())
+            elif new.exists():
                 os.replace(new, old)
         _remove(self.path)
         self.path = self.home

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -367,27 +368,43 @@ def test_the_best_adapter_takes_the_place_as_soon_as_it_is_saved(earlier, monkey
     assert len((earlier / "metrics.jsonl").read_text().splitlines()) == 4  # of steps 0 to 3
 
 
-def test_a_crash_while_the_place_is_taken_leaves_no_mixture_to_resume(earlier, monkeypatch):
-    """At each replacement in turn: what can be resumed is the new run or nothing, and no adapter is lost."""
-    number = 0
-    while True:
-        replaced = iter(range(10**6))
+def test_a_crash_while_the_place_is_taken_leaves_no_mixture(earlier, monkeypatch):
+    """At each replacement in turn: there is nothing to resume, an adapter that can be loaded is of one run, and the new
+    run's is whole in one of the two folders.
+    """
+    before, following, pairs = snapshot(earlier), earlier / ".next-run", []
 
-        def crash(old, new, *, replace=os.replace, at=number, replaced=replaced):
-            if Path(old).parent == earlier / ".next-run" and Path(new).parent == earlier and next(replaced) == at:
+    def pair(folder):
+        """The adapter in a folder: its configuration and its matrices, or None where one is missing."""
+        files = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        return tuple(file.read_bytes() for file in files) if all(file.exists() for file in files) else None
+
+    monkeypatch.setattr(Folder, "leave", lambda folder: None)  # a crash runs nothing more
+    for number in range(100):
+        shutil.rmtree(earlier)
+        for name, content in before.items():
+            (earlier / name).parent.mkdir(parents=True, exist_ok=True)
+            (earlier / name).write_bytes(content)
+        old, replaced = pair(earlier), iter(range(10**6))
+
+        def crash(source, target, *, replace=os.replace, at=number, replaced=replaced):
+            if Path(target).parent == earlier and next(replaced) == at:
                 raise OSError(errno.EIO, "crash")
-            replace(old, new)
+            replace(source, target)
 
-        monkeypatch.setattr(Folder, "leave", lambda folder: None)  # a crash runs nothing more
         with monkeypatch.context() as patched:
             patched.setattr(os, "replace", crash)
             try:
-                run(model(), earlier, {"overwrite": True, "valid": None}, steps=2, eval_every=None, seed=9)
-            except OSError:
-                assert not (earlier / "training_state.safetensors").exists()
-                both = (earlier, earlier / ".next-run")
-                assert any((folder / "adapter_model.safetensors").exists() for folder in both)
+                call = {"overwrite": True, "valid": None}
+                run(made.model(dropout=0.1), earlier, call, steps=2, eval_every=None, seed=9)
+            except (OSError, MiniloraError):
+                pairs.append((pair(earlier), pair(following)))
+                assert not (earlier / "training_state.safetensors").exists() or not following.exists()
             else:
                 break
-        number += 1
+    new = pair(earlier)
     assert number >= 5
+    assert old != new
+    for here, there in pairs:
+        assert here in (None, old, new)
+        assert new in (here, there)
