@@ -106,6 +106,7 @@ class Folder:
         self.home = self.path = home
         self.model, self.adapter, self.base_is_trained = model, adapter, base_is_trained
         self.last_saved: int | None = None
+        self.taking_place = False  # begun, and not finished if an error ended it
 
     def begin(self) -> bool:
         """Make ready for a new run; whether there is an earlier one, which stays until this one's first save."""
@@ -123,6 +124,7 @@ class Folder:
         """
         if self.path == self.home:
             return
+        self.taking_place = True
         _remove(self.home / STATE)
         _remove(self.home / ADAPTER[1])
         for name in WRITTEN:
@@ -137,8 +139,8 @@ class Folder:
         self.path = self.home
 
     def leave(self) -> None:
-        """The run is over: forget what of it did not take the earlier one's place."""
-        if self.path != self.home:
+        """The run is over: forget it where it has not begun to take the earlier one's place."""
+        if self.path != self.home and not self.taking_place:
             _remove(self.path)
 
     def write_settings(self, text: str) -> None:

@@ -368,7 +368,8 @@ def test_the_best_adapter_takes_the_place_as_soon_as_it_is_saved(earlier, monkey
     assert len((earlier / "metrics.jsonl").read_text().splitlines()) == 4  # of steps 0 to 3
 
 
-def test_a_crash_while_the_place_is_taken_leaves_no_mixture(earlier, monkeypatch):
+@pytest.mark.parametrize("way", ["crash", "error"])
+def test_a_crash_or_an_error_while_the_place_is_taken_leaves_no_mixture(earlier, monkeypatch, way):
     """At each replacement in turn: there is nothing to resume, an adapter that can be loaded is of one run, and the new
     run's is whole in one of the two folders.
     """
@@ -379,7 +380,8 @@ def test_a_crash_while_the_place_is_taken_leaves_no_mixture(earlier, monkeypatch
         files = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
         return tuple(file.read_bytes() for file in files) if all(file.exists() for file in files) else None
 
-    monkeypatch.setattr(Folder, "leave", lambda folder: None)  # a crash runs nothing more
+    if way == "crash":
+        monkeypatch.setattr(Folder, "leave", lambda folder: None)  # it runs nothing more
     for number in range(100):
         shutil.rmtree(earlier)
         for name, content in before.items():
