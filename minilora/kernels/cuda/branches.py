@@ -63,7 +63,7 @@ class Fork:
         finally:
             _lane.pop()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if self.main is not None and kind is None:
+    def __exit__(self, *_: Any) -> None:
+        if self.main is not None:  # after an error too: a recording with a loose end would hide it behind its own
             for stream in self.used.values():
                 self.main.wait_event(stream.record(cupy.cuda.Event(disable_timing=True)))
