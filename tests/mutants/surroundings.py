@@ -97,9 +97,23 @@ SURROUNDINGS = [
     ),
     Mutant(
         "train/folder.py",
-        "if self.path == self.home:\n            return\n        _remove(self.home / STATE)",
-        "if self.path == self.home:\n            return",
+        "self.taking_place = True\n        _remove(self.home / STATE)",
+        "self.taking_place = True",
         "overwrite: a crash leaves the new run's files with the earlier run's state",
+        RESUME,
+    ),
+    Mutant(
+        "train/folder.py",
+        "        _remove(self.home / ADAPTER[1])\n",
+        "",
+        "overwrite: a crash leaves the earlier run's matrices under the new configuration",
+        RESUME,
+    ),
+    Mutant(
+        "train/folder.py",
+        "if self.path != self.home and not self.taking_place:",
+        "if self.path != self.home:",
+        "overwrite: an error on the way removes the new run after the earlier one",
         RESUME,
     ),
     Mutant(
