@@ -135,12 +135,13 @@ def run(network: CausalLM, step: Step, ledger: Ledger, trained: Iterable[Tensor]
     network.checkpoint = step.checkpoint
     batch = network.loss_batch(np.zeros(shape, np.int64), {"": targets.reshape(shape)}, np.ones(shape))
     kept = 0
-    with Rules(ledger, on_gpu=step.device == "cuda").applied():
+    rules = Rules(ledger, on_gpu=step.device == "cuda", keeps_copies=not step.checkpoint)
+    with rules.applied():
         for _ in range(2):
             for parameter in trained:
                 parameter.grad = None
             (loss,) = network.loss_sums(batch).values()
-            kept = ledger.alive
+            kept = ledger.alive - sum(copy.nbytes for copy in rules.copies.values())
             loss.backward(ShapeArray.taken(ledger, (), np.float32))
     return kept
 

@@ -54,10 +54,13 @@ class Rules:
     """The rules of one device over one ledger: each method that has a primitive's name is its rule.
 
     on_gpu: every array is from the pool, nothing is widened or cut up for threads, and logits come in chunks.
+    keeps_copies: a GPU's copies of trained weights stay from step to step (those of a recomputed block do not).
     """
 
-    def __init__(self, ledger: Ledger, on_gpu: bool = False) -> None:
+    def __init__(self, ledger: Ledger, on_gpu: bool = False, keeps_copies: bool = True) -> None:
         self.ledger, self.on_gpu = ledger, on_gpu
+        self.copies: dict[int, ShapeArray] = {}  # of trained weights in the activations' dtype, by the weight's id()
+        self.keeps_copies = keeps_copies
         self.threads = 1 if on_gpu else thread_count()
 
     @contextmanager
@@ -179,14 +182,18 @@ class Rules:
         if value:
             self.widened(weight, x.dtype)
         kept = x if needs[1] else None
+        if self.on_gpu and needs[1] and weight.dtype != x.dtype and id(weight) not in self.copies:
+            self.copies[id(weight)] = self.reused(weight.shape, x.dtype)  # kernels/cuda/lists.py keeps it
 
         def vjp(dy: ShapeArray) -> Any:
             dx = dweight = None
+            if not self.keeps_copies:
+                self.copies.pop(id(weight), None)
             if needs[0]:
                 dx = self.reused(shape_x, dy.dtype)
                 self.widened(weight, dy.dtype)
             if kept is not None:
-                dweight = self.fresh(weight.shape, dy.dtype)
+                dweight = self.fresh(weight.shape, weight.dtype if self.on_gpu else dy.dtype)
             dbias = self.fresh(bias.shape, dy.dtype) if bias is not None and len(needs) > 2 and needs[2] else None
             return (dx, dweight, dbias)[: len(needs)]
 

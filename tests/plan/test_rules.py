@@ -255,3 +255,19 @@ def test_an_input_that_can_be_made_again_is_not_kept_but_what_it_is_made_from(fi
     kept, really_kept = chain(first, "lora_linear")
     assert abs(kept - really_kept) <= SMALL
     assert abs(kept - arrays * N * D * 4) <= SMALL
+
+
+@pytest.mark.parametrize("keeps_copies", [True, False])
+def test_a_gpu_holds_a_trained_matrix_a_second_time_in_the_dtype_of_the_activations(keeps_copies):
+    """From step to step, or in a recomputed block until its gradients are there (kernels/cuda/linear.py)."""
+    ledger = Ledger()
+    rules = Rules(ledger, on_gpu=True, keeps_copies=keeps_copies)
+    x, weight = ShapeArray.taken(ledger, (N, D), np.float16), ShapeArray((OUT, D), np.float32)
+    for _ in range(2):
+        y, vjp = rules.linear(x, weight, needs=(True, True))
+        assert ledger.alive == 2 * (N * D + N * OUT + OUT * D)
+        dx, dweight, *_ = vjp(y)
+        assert ledger.alive == 2 * (2 * N * D + N * OUT + keeps_copies * OUT * D) + 4 * OUT * D
+        del y, vjp, dx, dweight
+    rules.linear(x, weight, needs=(True, False))
+    assert len(rules.copies) == keeps_copies  # a frozen one is converted for the product alone
