@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,15 @@ from .page import DOCS, claim, measured, stem, write_pages
 def run(name: str, base: Base, out: Path, seeds: int | None = None) -> None:
     """Measure one claim; leave NAME.json. seeds: instead of the claim's own number, where it takes seeds."""
     module = claim(name)
-    results = module.measure(base, **settings(module, base, seeds))
-    found = {"claim": name, "model": base.name, "device": base.device, "results": results}
+    chosen = settings(module, base, seeds)
+    results = module.measure(base, **chosen)
+    found = {
+        "claim": name,
+        "model": base.name,
+        "device": base.device,
+        "sizes": sizes(module.measure, chosen),
+        "results": results,
+    }
     atomic_write(out / f"{stem(name, base.name, base.device)}.json", json_bytes(found))
     verdict = module.verdict(results)
     print(f"{name} ({base.name}, {base.device}): {verdict.word}: {verdict.why}", flush=True)
@@ -32,6 +40,13 @@ def settings(module: Any, base: Base, seeds: int | None) -> dict[str, Any]:
     if seeds is not None and "seeds" in inspect.signature(module.measure).parameters:
         chosen["seeds"] = seeds
     return chosen
+
+
+def sizes(measure: Callable[..., Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Ranks, rates, steps, seeds, as measured: the chosen settings over the function's own; ways have names instead."""
+    own = {name: parameter.default for name, parameter in inspect.signature(measure).parameters.items()}
+    named = {name: value for name, value in own.items() if value is not inspect.Parameter.empty} | chosen
+    return {name: value for name, value in named.items() if not isinstance(value, Mapping)}
 
 
 def draw(name: str, out: Path) -> None:

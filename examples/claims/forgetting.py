@@ -29,7 +29,12 @@ from .picture import COLOURS, Figure, save
 LESS = 0.8
 SHARES = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)  # of what both learn
 WAYS: dict[str, Way] = {"full fine-tuning": FULL, "LoRA, rank 8": ml.LoraConfig(r=8, alpha=16)}
-
+WHY_NOT = {
+    "mini": "Until 95 % of it is learned LoRA forgets a fifth less or so. The last per cent decide: there the gentlest "
+    "of LoRA's rates has run out of steps, and the next one is "
+    "compared with the gentlest of full fine-tuning's. How fast one learns matters more here than how: between the "
+    "lowest and the highest rate full fine-tuning's rise on English grows from a quarter of a nat to over two.",
+}
 SETTINGS = {
     "smollm2": {
         "rates": (5e-4, 1e-3, 2e-3), "full_rates": (5e-5, 1e-4, 2e-4), "steps": 100, "batch_size": 8,
@@ -155,15 +160,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     found = rises(results)
     for number, name in enumerate(WAYS):
         style = {"color": COLOURS[number], "markersize": 3}
-        runs = [points for rates in runs_of(results)[name].values() for points in rates.values()]
-        for place, points in enumerate(runs):
-            xs, ys = [point["task"] for point in points], [point["english"] for point in points]
+        by_rate = zip(*(rates.values() for rates in runs_of(results)[name].values()), strict=True)
+        for place, runs in enumerate(by_rate):  # the same rate with each seed
+            xs, ys = ([median(p[of] for p in points) for points in zip(*runs, strict=True)] for of in results["base"])
             marks = "os"[number] + ("-" if number else "--")
-            first.plot(xs, ys, marks, alpha=0.5, linewidth=0.7, label=None if place else name, **style)
+            first.plot(xs, ys, marks, linewidth=1, label=None if place else f"{name}, each rate", **style)
         shares = [100 * share for share in SHARES]
         at = list(found[name].values())
         second.plot(shares, [median(values) for values in at], "os"[number] + "-", label=name, **style)
         second.fill_between(shares, [min(v) for v in at], [max(v) for v in at], color=COLOURS[number], alpha=0.2)
     first.axhline(results["base"]["english"], color=COLOURS[7], linestyle=":", label="base, on English")
+    first.set_xscale("log")
     second.set(xlabel="learned, % of what both learn", ylabel="least rise on English (nats)")
     save(figure, path)

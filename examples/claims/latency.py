@@ -29,6 +29,7 @@ from .picture import COLOURS, Figure, save
 
 STATES = ("base", "adapter", "merged")
 SLOWER, NOISES, ROUNDING = 0.05, 3, 1e-4
+SETTINGS = {"smollm2": {"rounds": 7}}
 
 
 def measure(base: Base, rounds: int = 15, rank: int = 8) -> dict[str, Any]:

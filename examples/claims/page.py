@@ -22,15 +22,20 @@ What the paper of LoRA says (Hu et al. 2021, "LoRA: low-rank adaptation of large
 experiment on `mini`, the model that comes with minilora, and some on SmolLM2, too. Each file here states the claim, how
 it is measured and what would refute it, before anything is measured; the verdict is that rule, applied to the numbers.
 On so small a model a claim about large ones may fail: then it says so. Where another order of the rows or another start
-of the adapter changes the numbers, several seeds are run. Each takes up to five minutes on two idle cores.
+of the adapter changes the numbers, several seeds are run on `mini`; on SmolLM2 one, where it is measured at all. Each
+takes up to six minutes of an idle core. The pages say the sizes.
 
     python -m examples.claims rank_sweep                  # one of them: docs/claims/rank_sweep.json, .png and .md
     python -m examples.claims all
-    python -m examples.claims memory --model smollm2      # memory, latency, swapping are quick on a real model, too
-    python -m examples.claims all --model smollm2 --device cuda           # a GPU, about a minute each
+    python -m examples.claims memory --model smollm2      # so are latency, swapping, subspaces, intrinsic_rank: minutes
+    python -m examples.claims all --model smollm2 --device cuda           # the rest needs a GPU, minutes each
     python -m examples.claims all --no-figures            # numbers only, where matplotlib is missing
     python -m examples.claims --render                    # figures and pages again, from the numbers that are there
 """
+MINI_ONLY = """Measured on `mini` only: on SmolLM2 the trainings of this page take between half an hour
+and several hours on a CPU. A GPU does them with
+
+    python -m examples.claims {name} --model smollm2 --device cuda"""
 
 
 def claim(name: str) -> ModuleType:
@@ -72,12 +77,28 @@ def page(name: str, folder: Path) -> str:
         parts += [
             f"## On {model}" + ("" if device == "cpu" else ", on a GPU"),
             f"**Verdict: it {verdict.word}.** {verdict.why[0].upper()}{verdict.why[1:]}.",
+            *([] if verdict.holds else [explained] if (explained := explanation(module, model)) else []),
             f"![{title}: the numbers below as a figure]({stem(name, model, device)}.png)",
             module.rows(results),
-            "Measured by",
+            f"Measured with {sizes_in_words(found['sizes'])}, by",
             f"    python -m examples.claims {name}{option}",
         ]
+    if all(found["model"] == "mini" for found in measured(name, folder)):
+        parts.append(MINI_ONLY.format(name=name))
     return "\n\n".join(parts) + "\n"
+
+
+def sizes_in_words(sizes: dict[str, Any]) -> str:
+    """`ranks 1, 8; steps 120; batch size 16; seeds 3`."""
+    return "; ".join(
+        f"{name.replace('_', ' ')} {', '.join(f'{one:g}' for one in (value if isinstance(value, list) else [value]))}"
+        for name, value in sizes.items()
+    )
+
+
+def explanation(module: ModuleType, model: str) -> str:
+    """Why the claim may not hold on that model, where its module has thought of it (WHY_NOT)."""
+    return "\n".join(textwrap.wrap(getattr(module, "WHY_NOT", {}).get(model, ""), 120))
 
 
 def index(folder: Path, place: Path) -> str:

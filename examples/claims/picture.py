@@ -33,10 +33,12 @@ def save(figure: Figure, path: Path) -> None:
     """Finish all panels and write the PNG atomically."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
+        axis.set_axisbelow(True)
         if not axis.images:
             axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize="small")
+            place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}  # above, beside no data
+            axis.legend(frameon=False, fontsize="small", ncols=2, columnspacing=1.0, **place)
     content = io.BytesIO()
     figure.canvas.savefig(content, format="png", metadata={"Software": None})
     atomic_write(path, content.getvalue())

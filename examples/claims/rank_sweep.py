@@ -120,7 +120,7 @@ def rows(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    figure = Figure("rank", "loss on other dates (nats)")
+    figure = Figure("rank", "loss on other dates (nats, logarithmic)")
     axis = figure.axis
     lora = [run for run in results["runs"] if run["rank"] is not None]
     (full,) = [run for run in results["runs"] if run["rank"] is None]
@@ -132,5 +132,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axis.axhspan(min(full["losses"]), max(full["losses"]), color=COLOURS[1], alpha=0.2, linewidth=0)
     axis.axhline(results["base"], color=COLOURS[7], linestyle=":", label="base")
     axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
     axis.set_xticks(ranks, [str(rank) for rank in ranks])
     save(figure, path)

@@ -94,7 +94,7 @@ def rows(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    figure = Figure("loss on other dates (nats)", "")
+    figure = Figure("loss on other dates (nats): median, and a stroke for each seed", "")
     axis = figure.axis
     runs = results["runs"][::-1]
     for place, run in enumerate(runs):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,6 +134,43 @@ def test_a_model_has_its_own_settings_and_the_command_the_last_word_on_seeds():
     assert __main__.settings(which_matrices, other, None) == which_matrices.SETTINGS["smollm2"]
     assert __main__.settings(which_matrices, other, 7)["seeds"] == 7
     assert __main__.settings(latency, mini, 7) == {}  # it takes none
+
+
+def test_the_sizes_that_were_measured_are_kept_and_said_on_the_page(base, measured, tmp_path, monkeypatch):
+    results = measured("which_matrices")
+    found = {}
+
+    def measure(base, kinds=which_matrices.KINDS, steps=60, lr=2e-3, seeds=3):
+        found.update(steps=steps, lr=lr, seeds=seeds)
+        return results
+
+    monkeypatch.setattr(which_matrices, "measure", measure)
+    __main__.run("which_matrices", base, tmp_path, seeds=2)
+    (kept,) = page.measured("which_matrices", tmp_path)
+    assert kept["sizes"] == found == {"steps": 60, "lr": 2e-3, "seeds": 2}
+    assert page.sizes_in_words({**kept["sizes"], "full_rates": [1e-4, 3]}) == (
+        "steps 60; lr 0.002; seeds 2; full rates 0.0001, 3"
+    )
+    assert "Measured with steps 60; lr 0.002; seeds 2, by" in page.page("which_matrices", tmp_path)
+
+
+def test_a_claim_that_fails_on_a_model_says_why_there_alone(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(trade_off, "WHY_NOT", {"mini": "Because it is small."}, raising=False)
+    results = measured("trade_off")
+    monkeypatch.setattr(trade_off, "measure", lambda base, **settings: results)
+    __main__.run("trade_off", common.Base("mini"), tmp_path)
+    for holds, said in ((False, True), (None, True), (True, False)):
+        monkeypatch.setattr(trade_off, "verdict", lambda results, holds=holds: common.Verdict(holds, "seen"))
+        assert ("Because it is small." in page.page("trade_off", tmp_path)) == said
+    assert page.explanation(trade_off, "another") == ""
+
+
+def test_a_claim_that_was_measured_on_mini_alone_says_so(measured, tmp_path, monkeypatch):
+    results = measured("latency")
+    monkeypatch.setattr(latency, "measure", lambda base, **settings: results)
+    for model, said in (("mini", True), ("smollm2", False)):
+        __main__.run("latency", common.Base(model), tmp_path)
+        assert ("`mini` only" in page.page("latency", tmp_path)) == said
 
 
 def test_numbers_of_a_gpu_lie_beside_those_of_the_cpu():
@@ -420,11 +456,22 @@ def test_swapping_is_refuted_by_a_slow_switch_a_copy_or_other_logits(measured):
     assert found["same_logits"]
 
 
-def test_trade_off_is_refuted_by_a_lora_that_learns_as_much(measured):
+def test_trade_off_is_refuted_by_a_lora_that_learns_as_much_and_half_where_only_the_frequencies_hide_it():
     def of(lora):
-        losses = {"full fine-tuning": 1.0, "LoRA, rank 8": lora, trade_off.EMBEDDINGS: 1.0}
-        return trade_off.verdict({"base": 3.0, "runs": [{"way": k, "losses": [v]} for k, v in losses.items()]})
+        losses = {"full fine-tuning": 1.0, "LoRA, rank 1": 2.9, "LoRA, rank 8": lora, trade_off.EMBEDDINGS: 1.0}
+        runs = [{"way": name, "losses": [loss]} for name, loss in losses.items()]
+        return trade_off.verdict({"base": 9.0, "frequencies": 3.0, "runs": runs})
 
-    assert of(1.5).holds is True
+    assert of(1.9).holds is True
+    assert of(1.5).holds is None
     assert of(1.1).holds is False
-    assert Path(common.GENERAL).exists()
+    assert "rank 8" in of(1.5).why
+
+
+def test_the_frequencies_loss_is_the_entropy_where_both_parts_are_alike_and_all_tokens_known():
+    tokens = np.array([0, *[1] * 3000, *[2] * 1000], np.int32)
+    row = common.Example(tokens, tokens, 0, "")
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert trade_off.frequency_loss([row], [row], 3) == pytest.approx(expected, rel=1e-3)
+    unseen = common.Example(np.array([1, 0], np.int32), np.array([1, 0], np.int32), 0, "")
+    assert trade_off.frequency_loss([row], [unseen], 3) == pytest.approx(math.log(4003))
