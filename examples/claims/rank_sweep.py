@@ -97,7 +97,7 @@ def verdict(results: dict[str, Any]) -> Verdict:
     return Verdict(
         both(enough, no_more),
         f"rank 8 reaches {small:.0%} of full fine-tuning's improvement (asked: {ENOUGH:.0%}), the largest rank "
-        f"{100 * (large - small):+.0f} points more (allowed: {100 * MORE:.0f})",
+        f"{round(100 * (large - small)):+d} points more (allowed: {100 * MORE:.0f})",
     )
 
 

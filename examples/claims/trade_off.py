@@ -58,8 +58,8 @@ WHY_NOT = {
     "mini": "Full fine-tuning is ahead with every seed, by a third of a nat, but not by as much as was asked: most of "
     "what there is to gain over the base is the tokens' frequencies, which every way learns. Nor does the rank bind: "
     "rank 64 is hardly ahead of rank 8, trained embeddings bring little more, and three times the steps have brought "
-    "LoRA nearer to full fine-tuning, not further from it. On so few rows (a pass and a third over 716 passages) the "
-    "way is short of steps rather than of directions; rank 1 alone is short of both.",
+    "LoRA nearer to full fine-tuning, not further from it. On so few rows (a pass and a third over 716 passages) LoRA "
+    "may be short of steps rather than of directions; only rank 1 is plainly behind the others.",
 }
 SETTINGS = {"smollm2": {"rates": (1e-3, 2e-3), "full_rates": (1e-4, 3e-4)}}
 
