@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from ..errors import MiniloraError
 
 COMMANDS = {  # name -> the first sentence of its help
-    "demo": "See LoRA at work in a minute: three adapters trained on one small base, switched, measured, merged.",
+    "demo": "See LoRA at work in a minute or two: three adapters on one small base, switched, measured, merged.",
     "train": "Fine-tune a model: train a low-rank adapter on your examples, the base staying as it is.",
     "eval": "Measure loss, perplexity and exact match on a data set, for the base and for each adapter.",
     "generate": "Continue a text or answer a message, with or without adapters.",

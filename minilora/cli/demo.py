@@ -35,7 +35,7 @@ def command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
     as_json: Json = False,
 ) -> None:
-    """See LoRA at work in a minute: three adapters trained on one small base, switched, measured, merged.
+    """See LoRA at work in a minute or two: three adapters on one small base, switched, measured, merged.
 
     Needs no arguments and no network. What it finds is also in OUT/report.html, for a browser.
     """

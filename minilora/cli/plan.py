@@ -158,11 +158,16 @@ def print_plan(plan: Plan) -> None:
 def print_fitting(plan: Plan) -> None:
     """On what the peaks have room, for machines of the plan's device."""
     from ..plan import fitting
-    from ..plan.machines import MARGINS
+    from ..plan.machines import GIB, MARGINS
 
     where = "fits on a computer" if plan.step.device == "cpu" else f"on a GPU, estimated ({plan.held})"
     rows = [
-        [machine.name, f"{machine.memory} GiB", bytes_text(machine.usable), *("yes" if fits else "–" for fits in each)]
+        [
+            machine.name,
+            f"{machine.memory} GiB, {bytes_text(machine.memory * GIB)}",
+            bytes_text(machine.usable),
+            *("yes" if fits else "–" for fits in each),
+        ]
         for machine, each in fitting(plan).items()
     ]
     print_table([where, "memory>", "of it for a run>", *(f"{title(column)}>" for column in plan.columns)], rows)

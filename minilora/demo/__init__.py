@@ -1,4 +1,4 @@
-"""`minilora demo`: what LoRA claims, happening on this machine in a minute, on the base model that the package holds.
+"""`minilora demo`: what LoRA claims, happening here in a minute or two, on the base model that the package holds.
 
 In reading order:
 

@@ -14,7 +14,7 @@ from html import escape
 from typing import Literal
 
 WIDTH, HEIGHT = 640, 250  # of a line chart, in units of its viewBox
-LEFT, RIGHT, TOP, BOTTOM = 68, 14, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 78, 14, 12, 46
 COLOURS = 7  # classes that the style sheet has
 MOST_POINTS = 400  # of a line: more cannot be told apart
 

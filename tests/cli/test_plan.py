@@ -45,8 +45,8 @@ def test_a_model_has_a_column_for_each_way_and_a_line_for_each_part(run):
     assert lines["weights of the base"].split()[4:] == ["27.0", "GB", "13.5", "GB", "13.5", "GB"]
     assert lines["file that is saved"].split()[4:] == ["13.5", "GB", "40.0", "MB", "319.9", "MB"]
     by_name = {cells[0]: cells[1:] for line in shown.splitlines() if (cells := re.split(r"\s{2,}", line))}
-    assert by_name["laptop with 16 GB"] == ["16 GiB", "13.6 GB", "–", "–", "–"]
-    assert by_name["A100, H100 80 GB"][:2] == ["80 GiB", "85.4 GB"]
+    assert by_name["laptop with 16 GB"] == ["16 GiB, 17.2 GB", "13.6 GB", "–", "–", "–"]
+    assert by_name["A100, H100 80 GB"][:2] == ["80 GiB, 85.9 GB", "85.4 GB"]
     assert "20% of a computer's memory is left to the system, 150 MB to the program" in shown
     assert "0.5 GiB of a card are left to its driver and the CUDA context" in shown
     assert "on a GPU, estimated (bfloat16)" in shown
